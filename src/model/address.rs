@@ -1,0 +1,118 @@
+//! Addresses: canonical IPs, addresses on a network, and the authority of a CONNECT request.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use super::Text;
+
+/// The canonical form of an address: `::ffff:a.b.c.d` becomes `a.b.c.d` (reference, dataplane §1.1). Every address that
+/// enters the process passes through here before a look-up, a policy check or a log line.
+#[must_use]
+pub fn canonical(ip: IpAddr) -> IpAddr {
+    ip.to_canonical()
+}
+
+/// [`canonical`] for a socket address; drops flow label and scope id of a mapped address.
+#[must_use]
+pub fn canonical_socket(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V6(v6) => match v6.ip().to_canonical() {
+            IpAddr::V4(v4) => SocketAddr::new(IpAddr::V4(v4), v6.port()),
+            IpAddr::V6(_) => address,
+        },
+        SocketAddr::V4(_) => address,
+    }
+}
+
+/// An IP on a named network. Pod IPs of two networks may overlap; the empty name is the default network.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NetworkAddress {
+    /// Network name as in WDS; "" is the default network.
+    pub network: Text,
+    /// Canonical address.
+    pub ip: IpAddr,
+}
+
+impl fmt::Display for NetworkAddress {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{}", self.network, self.ip)
+    }
+}
+
+/// The `:authority` of an HBONE CONNECT (reference, dataplane §2.3): an address, or a service host name with a port.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Authority {
+    /// `ip:port`, IPv6 in brackets.
+    Address(SocketAddr),
+    /// `hostname:port`, used on both legs of double HBONE.
+    Host(Text, u16),
+}
+
+/// Why an authority was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("invalid CONNECT address {0:?}: expected ip:port or hostname:port")]
+pub struct AuthorityError(pub String);
+
+impl FromStr for Authority {
+    type Err = AuthorityError;
+
+    /// Parses strictly: no userinfo, no zone id, no missing or zero port, no leading zeros or sign in the port, host names
+    /// of letters, digits, `-`, `_` and `.` of at most 253 bytes.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refused = || AuthorityError(text.chars().take(300).flat_map(char::escape_default).collect());
+        let (host, port) = text.rsplit_once(':').ok_or_else(refused)?;
+        if port.is_empty() || port.starts_with('0') || !port.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(refused());
+        }
+        let port = port.parse::<u16>().map_err(|_| refused())?;
+        if let Some(inner) = host.strip_prefix('[') {
+            let inner = inner.strip_suffix(']').ok_or_else(refused)?;
+            let ip = inner.parse::<std::net::Ipv6Addr>().map_err(|_| refused())?;
+            return Ok(Self::Address(canonical_socket(SocketAddr::new(IpAddr::V6(ip), port))));
+        }
+        if let Ok(ip) = host.parse::<std::net::Ipv4Addr>() {
+            return Ok(Self::Address(SocketAddr::new(IpAddr::V4(ip), port)));
+        }
+        let plausible = !host.is_empty()
+            && host.len() <= 253
+            && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+            && host.split('.').all(|label| !label.is_empty() && label.len() <= 63)
+            && !host.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        if plausible { Ok(Self::Host(Text::from(host.to_ascii_lowercase()), port)) } else { Err(refused()) }
+    }
+}
+
+impl fmt::Display for Authority {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => write!(formatter, "{address}"),
+            Self::Host(host, port) => write!(formatter, "{host}:{port}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn well_formed_authorities_parse_and_print_alike() {
+        for text in ["1.2.3.4:80", "[::1]:80", "[2001:db8::1]:65535", "web.default.svc.cluster.local:1", "a_b:8080"] {
+            assert_eq!(text.parse::<Authority>().unwrap().to_string(), text);
+        }
+        assert_eq!("[::ffff:1.2.3.4]:80".parse::<Authority>().unwrap().to_string(), "1.2.3.4:80");
+    }
+
+    #[test]
+    fn malformed_authorities_are_refused() {
+        let long = format!("{}:80", "a".repeat(300));
+        for text in [
+            "", ":", "1.2.3.4", "1.2.3.4:", "1.2.3.4:0", "1.2.3.4:080", "1.2.3.4:+80", "1.2.3.4:65536", "user@1.2.3.4:80", "[::1%eth0]:80",
+            "[::1]", "::1:80", "[1.2.3.4]:80", "1.2.3:80", "256.1.1.1:80", "web..x:80", "web.:80", ".web:80", "w\u{e9}b:80", "we b:80", "web:80 ", long.as_str(),
+        ] {
+            assert!(text.parse::<Authority>().is_err(), "{text:?} was accepted");
+        }
+    }
+}

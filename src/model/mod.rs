@@ -1,0 +1,22 @@
+//! Words: ids, addresses, SPIFFE names, workloads, services and the immutable [`Snapshot`] with its look-ups.
+//! This room does no I/O, keeps no clock and logs nothing.
+//! Main types: [`Workload`], [`Service`], [`SpiffeId`], [`Snapshot`].
+
+mod address;
+mod service;
+mod snapshot;
+mod spiffe;
+mod text;
+mod workload;
+
+pub use address::{Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
+pub use service::{
+    GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname,
+    PortMap, Scope, Service, Visibility, WeightedWaypoint,
+};
+pub use snapshot::{Endpoint, Located, Snapshot, SnapshotBuilder};
+pub use spiffe::{SpiffeError, SpiffeId};
+pub use text::Text;
+pub use workload::{
+    ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind,
+};
