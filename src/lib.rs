@@ -6,19 +6,19 @@
 //!
 //! This file is the map of the house. A room may use only rooms above it (`tests/layers.rs` enforces the exact table).
 
-pub mod model;
-pub mod policy;
-pub mod wire;
-pub mod lifecycle;
-pub mod telemetry;
-pub mod sys;
-pub mod forward;
-pub mod identity;
-pub mod discovery;
-pub mod hbone;
-pub mod pods;
-pub mod proxy;
-pub mod node;
 pub mod admin;
-pub mod lab;
 pub mod cli;
+pub mod discovery;
+pub mod forward;
+pub mod hbone;
+pub mod identity;
+pub mod lab;
+pub mod lifecycle;
+pub mod model;
+pub mod node;
+pub mod pods;
+pub mod policy;
+pub mod proxy;
+pub mod sys;
+pub mod telemetry;
+pub mod wire;

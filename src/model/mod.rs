@@ -11,12 +11,10 @@ mod workload;
 
 pub use address::{Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
 pub use service::{
-    GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname,
-    PortMap, Scope, Service, Visibility, WeightedWaypoint,
+    GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,
+    Visibility, WeightedWaypoint,
 };
 pub use snapshot::{Endpoint, Located, Snapshot, SnapshotBuilder};
 pub use spiffe::{SpiffeError, SpiffeId};
 pub use text::Text;
-pub use workload::{
-    ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind,
-};
+pub use workload::{ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind};
