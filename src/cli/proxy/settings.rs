@@ -225,12 +225,12 @@ impl Args {
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
-        let keepalive = self.keepalive_enabled.then(|| Keepalive {
+        let keepalive = self.keepalive_enabled.then_some(Keepalive {
             idle: self.keepalive_time,
             interval: self.keepalive_interval,
             retries: self.keepalive_retries,
         });
-        let mark = self.packet_mark.or((mode == Mode::Shared).then_some(DEFAULT_MARK)).filter(|mark| *mark != 0);
+        let mark = self.packet_mark.or_else(|| (mode == Mode::Shared).then_some(DEFAULT_MARK)).filter(|mark| *mark != 0);
         let user_timeout = keepalive.as_ref().filter(|_| self.user_timeout_enabled).map(Keepalive::user_timeout);
         Ok(Settings {
             node_name: self.node_name.clone(),
