@@ -150,8 +150,9 @@ fn an_endpoint_needs_an_address_or_a_name_or_the_gateway_of_another_network() {
 
 #[test]
 fn the_target_port_is_the_endpoints_else_the_services_and_a_named_port_must_be_mapped() {
+    type Pairs = &'static [(u16, u16)];
     // Service ports, endpoint ports, asked port, target.
-    let table: [(&[(u16, u16)], &[(u16, u16)], u16, Option<u16>); 10] = [
+    let table: [(Pairs, Pairs, u16, Option<u16>); 10] = [
         (&[(80, 8080)], &[], 80, Some(8080)),
         (&[(80, 8080)], &[(80, 8000)], 80, Some(8000)),
         (&[(80, 8080)], &[(80, 0)], 80, Some(8080)),

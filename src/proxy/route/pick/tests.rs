@@ -6,15 +6,16 @@ use crate::model::IpFamilies;
 
 #[test]
 fn the_asked_address_then_a_permitted_one_of_its_family_then_any_permitted() {
-    let dual = ["10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"];
-    let cases: [(&str, &[&str], Option<IpFamilies>, Option<&str>); 12] = [
-        ("10.0.0.2", &dual, None, Some("10.0.0.2")),
-        ("2001:db8::2", &dual, Some(IpFamilies::Ipv4), Some("2001:db8::2")),
-        ("10.1.0.1", &dual, None, Some("10.0.0.1")),
-        ("fd00::1", &dual, None, Some("2001:db8::1")),
-        ("fd00::1", &dual, Some(IpFamilies::Dual), Some("2001:db8::1")),
-        ("fd00::1", &dual, Some(IpFamilies::Ipv4), Some("10.0.0.1")),
-        ("10.1.0.1", &dual, Some(IpFamilies::Ipv6), Some("2001:db8::1")),
+    const DUAL: [&str; 4] = ["10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"];
+    type Case = (&'static str, &'static [&'static str], Option<IpFamilies>, Option<&'static str>);
+    let cases: [Case; 12] = [
+        ("10.0.0.2", &DUAL, None, Some("10.0.0.2")),
+        ("2001:db8::2", &DUAL, Some(IpFamilies::Ipv4), Some("2001:db8::2")),
+        ("10.1.0.1", &DUAL, None, Some("10.0.0.1")),
+        ("fd00::1", &DUAL, None, Some("2001:db8::1")),
+        ("fd00::1", &DUAL, Some(IpFamilies::Dual), Some("2001:db8::1")),
+        ("fd00::1", &DUAL, Some(IpFamilies::Ipv4), Some("10.0.0.1")),
+        ("10.1.0.1", &DUAL, Some(IpFamilies::Ipv6), Some("2001:db8::1")),
         ("fd00::1", &["10.0.0.1"], None, Some("10.0.0.1")),
         ("10.1.0.1", &["2001:db8::1"], Some(IpFamilies::Dual), Some("2001:db8::1")),
         ("10.1.0.1", &["2001:db8::1"], Some(IpFamilies::Ipv4), None),
