@@ -75,11 +75,11 @@ impl Snapshot {
     /// takes HBONE, over the rest (reference, dataplane §3.1), then the lowest uid.
     #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<Arc<Workload>> {
-        let ip = canonical(ip);
-        let rows = self.0.by_address.rows(self.0.hash_address(network, ip));
-        let owners = rows.filter(|workload| workload.addresses.contains(&ip) && workload.profile.network == *network);
-        let rank = |workload: &Workload| (address_rank(workload), Reverse(workload.uid.clone()));
-        owners.reduce(|best, other| if rank(other) > rank(best) { other } else { best }).cloned()
+        let wanted = bits(ip);
+        let rows = self.0.by_address.rows(self.0.hash_address(network, wanted));
+        let claims = |workload: &Workload| workload.addresses.iter().any(|own| bits(*own) == wanted);
+        let owners = rows.filter(|workload| claims(workload) && workload.profile.network == *network);
+        owners.reduce(|best, other| if address_rank(other) > address_rank(best) { other } else { best }).cloned()
     }
 
     /// The workload of a pod: (name, namespace, service account) on the local node.
@@ -109,15 +109,16 @@ impl Snapshot {
     /// it saw first, the first name in order wins, so that all proxies agree.
     #[must_use]
     pub fn service_by_address(&self, network: &str, ip: IpAddr, client_namespace: Option<&str>) -> Option<Arc<Service>> {
-        let ip = canonical(ip);
-        let exact = self.0.vips.rows(self.0.hash_address(network, ip));
-        let exact = exact.filter(|service| service.vips.iter().any(|vip| vip.ip == ip && vip.network == *network));
+        let wanted = bits(ip);
+        let exact = self.0.vips.rows(self.0.hash_address(network, wanted));
+        let exact = exact.filter(|service| service.vips.iter().any(|vip| bits(vip.ip) == wanted && vip.network == *network));
         if let Some(service) = best(exact.map(|service| (0, service)), client_namespace) {
             return Some(service);
         }
         if self.0.ranges.is_empty() {
             return None;
         }
+        let ip = canonical(ip);
         let lengths = self.0.range_lengths.keys().filter(|(v6, _)| *v6 == ip.is_ipv6());
         let prefixes = lengths.filter_map(|(_, length)| IpNet::new(ip, *length).ok()).map(|prefix| prefix.trunc());
         let containing = prefixes.flat_map(|prefix| {
@@ -214,8 +215,8 @@ impl Tables {
         self.seed.hash_one((namespace, name))
     }
 
-    fn hash_address(&self, network: &str, ip: IpAddr) -> u64 {
-        self.seed.hash_one((network, bits(ip)))
+    fn hash_address(&self, network: &str, address: u128) -> u64 {
+        self.seed.hash_one((network, address))
     }
 
     fn hash_prefix(&self, network: &str, prefix: IpNet) -> u64 {
@@ -223,22 +224,24 @@ impl Tables {
     }
 }
 
-/// One integer for a canonical address of either family: cheaper to hash than its bytes.
-fn bits(ip: IpAddr) -> impl Hash {
+/// One integer for an address of either family, the same for an IPv4 address and its mapped form: canonical by itself, and
+/// cheaper to hash and compare than 17 bytes.
+fn bits(ip: IpAddr) -> u128 {
     match ip {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
         IpAddr::V6(v6) => v6.to_bits(),
     }
 }
 
-/// Who owns an address that several claim.
-fn address_rank(workload: &Workload) -> u8 {
-    match (workload.uid.contains("//Pod/"), workload.profile.protocol) {
+/// Who owns an address that several claim: the greatest.
+fn address_rank(workload: &Workload) -> (u8, Reverse<&Text>) {
+    let kind = match (workload.uid.contains("//Pod/"), workload.profile.protocol) {
         (true, TunnelProtocol::Hbone) => 3,
         (true, TunnelProtocol::None) => 2,
         (false, TunnelProtocol::Hbone) => 1,
         (false, TunnelProtocol::None) => 0,
-    }
+    };
+    (kind, Reverse(&workload.uid))
 }
 
 /// The best of services that share a name or address, each with the length of its prefix.
@@ -246,11 +249,12 @@ fn best<'a>(candidates: impl Iterator<Item = (u8, &'a Arc<Service>)>, client_nam
     let at_home = |service: &Service| client_namespace.is_some_and(|namespace| service.namespace == *namespace);
     let visible = |service: &Service| client_namespace.is_none() || service.visibility == Visibility::Public || at_home(service);
     let visible = candidates.filter(|(_, service)| visible(service));
-    let ranked = visible.max_by_key(|(length, service)| {
+    let rank = |(length, service): (u8, &'a Arc<Service>)| {
         let name = Reverse((&service.namespace, &service.hostname));
-        (at_home(service), *length, service.canonical, name)
-    });
-    ranked.map(|(_, service)| service.clone())
+        (at_home(service), length, service.canonical, name)
+    };
+    // Not `max_by_key`: to carry the rank along costs twice the rest of the look-up (reads of what was just written in parts).
+    visible.reduce(|best, other| if rank(other) > rank(best) { other } else { best }).map(|(_, service)| service.clone())
 }
 
 impl fmt::Debug for Snapshot {

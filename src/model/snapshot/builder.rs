@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::index::grouped;
-use super::{Snapshot, Tables};
+use super::{Snapshot, Tables, bits};
 use crate::model::{NetworkMode, Profile, Service, Text, Workload, canonical};
 
 /// Makes the next [`Snapshot`] from the last one, sharing all that did not change: an insert or a removal costs
@@ -127,7 +127,7 @@ impl Tables {
         self.workloads.put(self.hash(uid), workload.clone(), same);
         if profile.network_mode != NetworkMode::HostNetwork {
             for ip in &workload.addresses {
-                self.by_address.put(self.hash_address(&profile.network, *ip), workload.clone(), same);
+                self.by_address.put(self.hash_address(&profile.network, bits(*ip)), workload.clone(), same);
             }
         }
         if !workload.hostname.is_empty() {
@@ -153,7 +153,7 @@ impl Tables {
         self.workloads.take(self.hash(uid), same);
         if profile.network_mode != NetworkMode::HostNetwork {
             for ip in &workload.addresses {
-                self.by_address.take(self.hash_address(&profile.network, *ip), same);
+                self.by_address.take(self.hash_address(&profile.network, bits(*ip)), same);
             }
         }
         if !workload.hostname.is_empty() {
@@ -172,7 +172,7 @@ impl Tables {
         self.services.put(self.hash_pair(&service.namespace, &service.hostname), service.clone(), same);
         self.service_hosts.put(self.hash(&service.hostname), service.clone(), same);
         for vip in &service.vips {
-            self.vips.put(self.hash_address(&vip.network, vip.ip), service.clone(), same);
+            self.vips.put(self.hash_address(&vip.network, bits(vip.ip)), service.clone(), same);
         }
         for (network, prefix) in &service.cidr_vips {
             self.ranges.put(self.hash_prefix(network, *prefix), service.clone(), same);
@@ -185,7 +185,7 @@ impl Tables {
         self.services.take(self.hash_pair(&service.namespace, &service.hostname), same);
         self.service_hosts.take(self.hash(&service.hostname), same);
         for vip in &service.vips {
-            self.vips.take(self.hash_address(&vip.network, vip.ip), same);
+            self.vips.take(self.hash_address(&vip.network, bits(vip.ip)), same);
         }
         for (network, prefix) in &service.cidr_vips {
             self.ranges.take(self.hash_prefix(network, *prefix), same);
