@@ -95,12 +95,12 @@ fn problem(policy: &Authorization) -> Option<String> {
         for clause in &rule.clauses {
             for found in &clause.matches {
                 for matcher in found.namespaces.iter().chain(&found.not_namespaces).chain(&found.principals).chain(&found.not_principals) {
-                    if matches!(matcher, StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) if text.len() == 0) {
+                    if matches!(matcher, StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) if text.is_empty()) {
                         return Some("a namespace or principal matcher is an empty string".to_owned());
                     }
                 }
                 for account in found.service_accounts.iter().chain(&found.not_service_accounts) {
-                    if account.namespace.len() == 0 || account.service_account.len() == 0 {
+                    if account.namespace.is_empty() || account.service_account.is_empty() {
                         return Some("a service account matcher lacks its namespace or its name".to_owned());
                     }
                 }
