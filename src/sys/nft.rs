@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn a_script_is_applied_in_the_entered_namespace_only() {
         let pod = NetNs::create().unwrap();
-        pod.run(|| apply("table inet probe { chain c { } }")).unwrap().unwrap();
+        pod.run(|| apply("table inet probe { chain c { }\n }")).unwrap().unwrap();
         let listed = pod.run(|| list_json("probe")).unwrap().unwrap().expect("the table exists");
         assert!(listed["nftables"].as_array().unwrap().iter().any(|entry| entry["chain"]["name"] == "c"), "{listed}");
         assert!(NetNs::create().unwrap().run(|| list_json("probe")).unwrap().unwrap().is_none());

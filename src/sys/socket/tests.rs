@@ -109,7 +109,8 @@ fn transparency_is_never_taken_unasked() {
 fn original_destination_is_the_address_before_redirection_for_both_families() {
     namespace()
         .run(|| {
-            nft::apply("table inet t { chain o { type nat hook output priority -100; policy accept; tcp dport 4444 redirect to :15001 } }").unwrap();
+            nft::apply("table inet t { chain o { type nat hook output priority -100; policy accept; tcp dport 4444 redirect to :15001\n }\n }")
+                .unwrap();
             let ip = Command::new("sh").args(["-c", "ip a add 10.9.9.9/32 dev lo && ip -6 a add fd00::9/128 dev lo nodad"]).status().unwrap();
             assert!(ip.success());
             let listener = listen_tcp(wildcard(15001, true), &ListenOptions::default()).unwrap();
