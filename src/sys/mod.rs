@@ -8,4 +8,6 @@
 pub mod limits;
 pub mod netns;
 pub mod nft;
+pub mod route;
+pub mod seqpacket;
 pub mod socket;
