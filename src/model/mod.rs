@@ -3,6 +3,7 @@
 //! Main types: [`Workload`], [`Service`], [`SpiffeId`], [`Snapshot`].
 
 mod address;
+mod baggage;
 mod service;
 mod snapshot;
 mod spiffe;
@@ -10,6 +11,7 @@ mod text;
 mod workload;
 
 pub use address::{Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
+pub use baggage::Baggage;
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,
     Visibility, WeightedWaypoint,
