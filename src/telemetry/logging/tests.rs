@@ -23,6 +23,19 @@ impl Write for Captured {
     }
 }
 
+/// `tracing` decides by the calling thread alone what a call site logs as long as it knows one subscriber only. Tests run side by
+/// side, and most have none; two idle ones that live for ever make it ask all of them.
+fn several_subscribers() {
+    static IDLE: std::sync::OnceLock<[tracing::Dispatch; 2]> = std::sync::OnceLock::new();
+    IDLE.get_or_init(|| [tracing::Dispatch::new(Registry::default()), tracing::Dispatch::new(Registry::default())]);
+}
+
+/// [`super::build`] for a test.
+fn build(config: LogConfig) -> Result<(impl Subscriber + Send + Sync, LogHandle), TelemetryError> {
+    several_subscribers();
+    super::build(config)
+}
+
 /// The lines that `work` logs, each with a well-formed time replaced by `TIME`.
 pub(in crate::telemetry) fn lines(format: LogFormat, filter: &str, work: impl FnOnce(&LogHandle)) -> Vec<String> {
     let sink = Captured::default();
