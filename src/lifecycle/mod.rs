@@ -1,1 +1,5 @@
 //! (being built)
+
+mod clock;
+
+pub use clock::Clock;
