@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use culvert::identity::{Config, Credential, Credentials, HandshakeFailure, LocalIssuer, PeerError, expect_peer, explain_io, peer_identity};
-use culvert::lifecycle::Clock;
+use culvert::lifecycle::{Clock, SettableTime};
 use culvert::model::SpiffeId;
 use pki::{Authority, HOUR, Presented, workload};
 use proptest::prelude::*;
@@ -173,7 +173,7 @@ async fn d1_dates_are_exact_to_the_second() {
     ca.write(dir.path(), &ca);
     // Our own clock stands still at a whole second.
     let now = UNIX_EPOCH + Duration::from_secs(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs());
-    let clock = Clock::fixed(Arc::new(std::sync::Mutex::new(now)));
+    let clock = Clock::fixed(SettableTime::new(now));
     let issuer = LocalIssuer::load(dir.path(), clock.clone()).unwrap();
     let (credentials, renewal) = Credentials::new(Config::default(), Arc::new(issuer), clock);
     let renewal = tokio::spawn(renewal);
@@ -300,6 +300,12 @@ async fn d3_names_that_are_not_text_are_refused() {
         assert!(peer_identity(leaf.chain()).is_err());
         assert!(as_client(&ours, &leaf).await.is_err() && as_server(&ours, &leaf).await.is_err());
     }
+    // A good name beside one that is not text.
+    let mut content = vec![0x30, u8::try_from(PEER.len()).unwrap() + 5, 0x82, 1, 0xff, 0x86, u8::try_from(PEER.len()).unwrap()];
+    content.extend_from_slice(PEER.as_bytes());
+    let mut params = workload(&[]);
+    params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], content)];
+    assert!(matches!(peer_identity(ca.leaf(params).chain()), Err(PeerError::Malformed(_))));
     // Two extensions of names.
     let mut params = workload(&[PEER]);
     let mut content = vec![0x30, u8::try_from(OURS.len()).unwrap() + 2, 0x86, u8::try_from(OURS.len()).unwrap()];

@@ -32,6 +32,9 @@ pub enum IdentityError {
         /// What is wrong with the answer.
         problem: AnswerProblem,
     },
+    /// A workload whose trust domain, namespace or service account make no SPIFFE ID: it cannot have a certificate.
+    #[error(transparent)]
+    Name(#[from] SpiffeError),
     /// No key or certificate request could be made.
     #[error("no certificate request could be made: {0}")]
     Request(String),

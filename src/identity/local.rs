@@ -89,7 +89,7 @@ impl LocalIssuer {
     /// Signs a throw-away certificate and verifies it as a peer will: whatever is wrong shows now and not at the first connection.
     fn prove(&self, dir: &Path) -> Result<(), IdentityError> {
         let shape = Shape::new(&super::Config::default(), self.clock.clone());
-        let identity = SpiffeId::new("culvert.internal", "self-test", "self-test").map_err(|error| IdentityError::Request(error.to_string()))?;
+        let identity = SpiffeId::new("culvert.internal", "self-test", "self-test")?;
         let pending = PendingKey::generate(&identity, Duration::from_secs(60), shape.provider.key_provider)?;
         let issued = self.sign(&pending.request)?;
         match Credential::verify(&shape, pending, &issued, 0) {

@@ -333,6 +333,7 @@ fn retry_delay(failures: u32, config: &Config, luck: f64) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use std::time::UNIX_EPOCH;
 
@@ -363,5 +364,25 @@ mod tests {
         assert_eq!(retry_delay(1, &config, -1.0), Duration::from_millis(800));
         assert_eq!(retry_delay(4, &config, 1.0), Duration::from_millis(9600));
         assert_eq!(retry_delay(u32::MAX, &config, 1.0), Duration::from_secs(150));
+    }
+
+    #[test]
+    fn a_late_answer_for_an_earlier_entry_is_not_filed() {
+        let identity = SpiffeId::new("td", "ns", "sa").unwrap();
+        let now = Moment { monotonic: Instant::now(), wall: UNIX_EPOCH };
+        let mut table = Table::default();
+        let mut ask = |table: &mut Table| {
+            table.look_up(&identity, now);
+            table.take_due(1, now).0.remove(0)
+        };
+        let early = ask(&mut table);
+        table.forget(&identity);
+        let late = ask(&mut table);
+        let error = || Err(IdentityError::Stopped);
+        let settled = table.settle((&identity, early.ticket), error(), (now, 0.0), &Config::default());
+        assert!(matches!(settled, Settled::Unwanted));
+        assert_eq!(table.states(UNIX_EPOCH)[0].1, "Initializing");
+        let settled = table.settle((&identity, late.ticket), error(), (now, 0.0), &Config::default());
+        assert!(matches!(settled, Settled::Retry { serving: false, .. }));
     }
 }

@@ -7,6 +7,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::identity::{AnswerProblem, Issued, IssuerFuture, LocalIssuer, SigningRequest};
+use crate::lifecycle::SettableTime;
 
 const SECOND: Duration = Duration::from_secs(1);
 const TTL: Duration = Duration::from_secs(1000);
@@ -65,7 +66,7 @@ impl Issuer for Script {
 struct Bench {
     store: Credentials,
     issuer: Arc<Script>,
-    wall: Arc<Mutex<SystemTime>>,
+    wall: SettableTime,
     renewal: JoinHandle<()>,
     ticker: JoinHandle<()>,
     _dir: tempfile::TempDir,
@@ -77,12 +78,12 @@ fn id(name: &str) -> SpiffeId {
 
 fn bench(requests_in_flight: usize) -> Bench {
     let dir = tempfile::tempdir().unwrap();
-    let wall = Arc::new(Mutex::new(SystemTime::now()));
+    let wall = SettableTime::new(SystemTime::now());
     let clock = Clock::fixed(wall.clone());
     LocalIssuer::create(dir.path(), &clock).unwrap();
     let ca = LocalIssuer::load(dir.path(), clock.clone()).unwrap();
     // The CA is older than all that follows, so that the clock can be set back.
-    *wall.lock().unwrap() += 3600 * SECOND;
+    wall.advance(3600 * SECOND);
     let issuer = Arc::new(Script {
         ca,
         mood: Mutex::new(Mood::Sign),
@@ -97,7 +98,7 @@ fn bench(requests_in_flight: usize) -> Bench {
     let ticker = tokio::spawn(async move {
         loop {
             tokio::time::sleep(SECOND / 4).await;
-            *cell.lock().unwrap() += SECOND / 4;
+            cell.advance(SECOND / 4);
         }
     });
     Bench { store, issuer, wall, renewal: tokio::spawn(renewal), ticker, _dir: dir }
@@ -194,7 +195,7 @@ async fn renewals_wait_while_a_connection_needs_a_place() {
     let blocker = bench.fetch("blocker");
     tokio::time::sleep(20 * SECOND).await;
     // The clock jumps to where the old one is due, and both are due when the blocker times out.
-    *bench.wall.lock().unwrap() += TTL.mul_f64(0.6);
+    bench.wall.advance(TTL.mul_f64(0.6));
     let urgent = bench.fetch("urgent");
     assert!(blocker.await.unwrap().is_err());
     bench.mood(Mood::Sign);
@@ -212,7 +213,7 @@ async fn certificates_are_renewed_at_half_life_without_a_gap() {
     let mut generations = std::collections::BTreeSet::new();
     for _ in 0..4000 {
         let credential = bench.store.fetch(&id("one")).await.unwrap();
-        assert!(credential.is_valid(*bench.wall.lock().unwrap()));
+        assert!(credential.is_valid(bench.wall.now()));
         generations.insert(credential.generation);
         tokio::time::sleep(SECOND).await;
     }
@@ -227,8 +228,12 @@ async fn an_old_certificate_serves_while_renewal_fails_and_no_longer() {
     let first = bench.store.fetch(&id("one")).await.unwrap();
     bench.store.prefetch(id("one"));
     bench.mood(Mood::Fail);
+    let mut shortly_before = 0;
     loop {
-        let now = *bench.wall.lock().unwrap();
+        let now = bench.wall.now();
+        if now + 3 * SECOND <= first.not_after {
+            shortly_before = bench.asked().len();
+        }
         match bench.store.fetch(&id("one")).await {
             Ok(credential) => {
                 assert_eq!(credential.generation, first.generation);
@@ -244,6 +249,8 @@ async fn an_old_certificate_serves_while_renewal_fails_and_no_longer() {
         }
         tokio::time::sleep(SECOND / 2).await;
     }
+    tokio::time::sleep(2 * SECOND).await;
+    assert!(bench.asked().len() > shortly_before, "it is tried once more at the latest when the old one expires");
     let failures = bench.asked().len() - 1;
     assert!((8..=16).contains(&failures), "{failures} tries in 550 s: 1, 2, 4 … 150 s");
     // The issuer is back: so is the identity, within the longest delay.
@@ -271,7 +278,7 @@ async fn a_failure_is_told_at_once_until_a_later_try_succeeds_and_then_delays_st
     assert_eq!(bench.state("one").unwrap(), "Available");
     // After a success the next failure waits a second again, not minutes.
     bench.mood(Mood::Fail);
-    *bench.wall.lock().unwrap() += TTL;
+    bench.wall.advance(TTL);
     bench.store.fetch(&id("one")).await.unwrap_err();
     let tries = bench.asked().len();
     tokio::time::sleep(Duration::from_millis(2300)).await;
@@ -380,7 +387,7 @@ async fn a_clock_set_back_before_the_certificate_renews_it() {
     let bench = bench(8);
     bench.store.prefetch(id("one"));
     tokio::time::sleep(10 * SECOND).await;
-    *bench.wall.lock().unwrap() -= 300 * SECOND;
+    bench.wall.set(bench.wall.now() - 300 * SECOND);
     tokio::time::sleep(32 * SECOND).await;
     assert_eq!(bench.asked(), ["one", "one"]);
 }
@@ -389,7 +396,7 @@ async fn a_clock_set_back_before_the_certificate_renews_it() {
 async fn a_machine_that_slept_over_the_expiry_waits_for_a_new_certificate() {
     let bench = bench(8);
     let old = bench.store.fetch(&id("one")).await.unwrap();
-    *bench.wall.lock().unwrap() += 2 * TTL;
+    bench.wall.advance(2 * TTL);
     let new = bench.store.fetch(&id("one")).await.unwrap();
     assert!(new.generation > old.generation);
 }
@@ -397,7 +404,7 @@ async fn a_machine_that_slept_over_the_expiry_waits_for_a_new_certificate() {
 #[tokio::test(start_paused = true)]
 async fn sixty_second_certificates_never_fail() {
     let dir = tempfile::tempdir().unwrap();
-    let wall = Arc::new(Mutex::new(SystemTime::now()));
+    let wall = SettableTime::new(SystemTime::now());
     let clock = Clock::fixed(wall.clone());
     LocalIssuer::create(dir.path(), &clock).unwrap();
     let issuer = Arc::new(LocalIssuer::load(dir.path(), clock.clone()).unwrap());
@@ -406,10 +413,10 @@ async fn sixty_second_certificates_never_fail() {
     let mut generations = std::collections::BTreeSet::new();
     for _ in 0..3600 {
         let credential = store.fetch(&id("one")).await.unwrap();
-        assert!(credential.is_valid(*wall.lock().unwrap()));
+        assert!(credential.is_valid(wall.now()));
         generations.insert(credential.generation);
         tokio::time::sleep(SECOND / 2).await;
-        *wall.lock().unwrap() += SECOND / 2;
+        wall.advance(SECOND / 2);
     }
     assert!((50..=90).contains(&generations.len()), "{} certificates in 30 min", generations.len());
     drop(store);

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::{Arc, Mutex};
 
 use rcgen::{CertifiedIssuer, DnType, PKCS_ECDSA_P384_SHA384, PKCS_ECDSA_P521_SHA512, PKCS_RSA_SHA256, RsaKeySize};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
@@ -11,6 +10,7 @@ use super::super::certificate::from_pem;
 use super::super::local_files::{CA_KEY, ROOT_CERT};
 use super::*;
 use crate::identity::verify::peer_identity;
+use crate::lifecycle::SettableTime;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -118,13 +118,13 @@ fn a_short_certificate_is_hardly_backdated_so_that_half_its_life_is_ahead() {
 fn no_leaf_outlives_the_ca_and_an_expired_ca_signs_nothing() {
     let dir = fresh();
     let start = SystemTime::now();
-    let wall = Arc::new(Mutex::new(start));
+    let wall = SettableTime::new(start);
     let issuer = LocalIssuer::load(dir.path(), Clock::fixed(wall.clone())).unwrap();
-    *wall.lock().unwrap() = issuer.validity.not_after - Duration::from_secs(3600);
+    wall.set(issuer.validity.not_after - Duration::from_secs(3600));
     let der = from_pem(issuer.sign(&request(DAY)).unwrap().certificates[0].as_bytes()).unwrap();
     assert_eq!(Validity::of(&der[0]).unwrap().not_after, issuer.validity.not_after);
     assert_ne!(issuer.complained.load(Ordering::Relaxed), 0, "a warning was due");
-    *wall.lock().unwrap() = issuer.validity.not_after;
+    wall.set(issuer.validity.not_after);
     let refused = issuer.sign(&request(DAY)).unwrap_err().to_string();
     assert!(refused.contains("ca-cert.pem") && refused.contains("renew"), "{refused}");
 }
@@ -224,7 +224,7 @@ fn dates_and_purpose_of_the_ca_are_checked() {
     let dir = fresh();
     let end = LocalIssuer::load(dir.path(), Clock::system()).unwrap().validity.not_after;
     for (wall, words) in [(end, "expired at 20"), (SystemTime::now() - DAY, "not valid before 20")] {
-        let error = LocalIssuer::load(dir.path(), Clock::fixed(Arc::new(Mutex::new(wall)))).unwrap_err().to_string();
+        let error = LocalIssuer::load(dir.path(), Clock::fixed(SettableTime::new(wall))).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains("ca-cert.pem") && error.contains("clock"), "{error}");
     }
     let key = KeyPair::generate().unwrap();
@@ -247,10 +247,10 @@ fn ecdsa_keys_of_every_curve_sign() {
     }
 }
 
-/// The content of the OCTET STRING at the end of PKCS#8: PKCS#1 for RSA, SEC1 for ECDSA.
+/// The PKCS#1 key inside PKCS#8 (the first OCTET STRING, long form, that begins with a SEQUENCE).
 fn inner(pkcs8: &[u8]) -> &[u8] {
-    let at = pkcs8.windows(2).rposition(|pair| pair == [0x30, 0x82] || pair == [0x30, 0x6b] || pair == [0x30, 0x6d]).unwrap();
-    &pkcs8[at..]
+    let at = pkcs8.windows(6).position(|bytes| bytes[..2] == [4, 0x82] && bytes[4..] == [0x30, 0x82]).unwrap();
+    &pkcs8[at + 4..]
 }
 
 fn pem_of(kind: &str, der: &[u8]) -> String {
