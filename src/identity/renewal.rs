@@ -371,7 +371,7 @@ mod tests {
         let identity = SpiffeId::new("td", "ns", "sa").unwrap();
         let now = Moment { monotonic: Instant::now(), wall: UNIX_EPOCH };
         let mut table = Table::default();
-        let mut ask = |table: &mut Table| {
+        let ask = |table: &mut Table| {
             table.look_up(&identity, now);
             table.take_due(1, now).0.remove(0)
         };
