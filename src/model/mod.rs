@@ -14,7 +14,7 @@ pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,
     Visibility, WeightedWaypoint,
 };
-pub use snapshot::{Endpoint, Located, Snapshot, SnapshotBuilder};
+pub use snapshot::{Located, Snapshot, SnapshotBuilder};
 pub use spiffe::{SpiffeError, SpiffeId};
 pub use text::Text;
 pub use workload::{ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind};
