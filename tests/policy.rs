@@ -98,8 +98,8 @@ fn a_match() -> BoxedStrategy<Match> {
 
 fn rules() -> impl Strategy<Value = Vec<Rule>> {
     let clause = prop::collection::vec(a_match(), 0..=2).prop_map(|matches| Clause { matches });
-    let rule = prop::collection::vec(clause, prop_oneof![1 => 0..=0_usize, 9 => 1..=2_usize]).prop_map(|clauses| Rule { clauses });
-    prop::collection::vec(rule, prop_oneof![1 => 0..=0_usize, 9 => 1..=3_usize])
+    let rule = prop_oneof![1 => Just(Vec::new()), 9 => prop::collection::vec(clause, 1..=2)].prop_map(|clauses| Rule { clauses });
+    prop_oneof![1 => Just(Vec::new()), 9 => prop::collection::vec(rule, 1..=3)]
 }
 
 fn policy() -> impl Strategy<Value = Authorization> {

@@ -117,8 +117,8 @@ impl RuleIndex {
     pub(super) fn first(&self, policies: &[Arc<Prepared>], subject: &Subject<'_>) -> Option<usize> {
         let mut first = self.rules.len();
         self.candidates(subject, |drawer| {
-            let earlier = drawer.iter().copied().take_while(|id| *id < first);
-            first = earlier.into_iter().find(|id| self.matches(policies, *id, subject)).unwrap_or(first);
+            let mut earlier = drawer.iter().copied().take_while(|id| *id < first);
+            first = earlier.find(|id| self.matches(policies, *id, subject)).unwrap_or(first);
         });
         self.rules.get(first).map(|(policy, _)| *policy)
     }

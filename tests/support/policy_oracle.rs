@@ -10,13 +10,13 @@ use ipnet::IpNet;
 
 /// What must come out: the ALLOW policy that matched or the message of the denial, and the dry-run policies that matched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    pub outcome: Result<Option<String>, String>,
-    pub dry_run: Vec<(String, Action)>,
+pub(crate) struct Verdict {
+    pub(crate) outcome: Result<Option<String>, String>,
+    pub(crate) dry_run: Vec<(String, Action)>,
 }
 
 /// Decides for a workload of `namespace` that names `names`, when `received` came in this order.
-pub fn decide(received: &[Authorization], (namespace, names): (&str, &[Text]), facts: &Facts) -> Verdict {
+pub(crate) fn decide(received: &[Authorization], (namespace, names): (&str, &[Text]), facts: &Facts) -> Verdict {
     // Two versions of one policy: the last one counts (D13).
     let mut known: BTreeMap<String, &Authorization> = BTreeMap::new();
     for policy in received {
@@ -87,7 +87,7 @@ fn name_of(policy: &Authorization) -> String {
 }
 
 /// D10.
-pub fn problem(policy: &Authorization) -> Option<String> {
+fn problem(policy: &Authorization) -> Option<String> {
     if let Validity::Invalid(reason) = &policy.validity {
         return Some(reason.to_string());
     }
@@ -95,12 +95,12 @@ pub fn problem(policy: &Authorization) -> Option<String> {
         for clause in &rule.clauses {
             for found in &clause.matches {
                 for matcher in found.namespaces.iter().chain(&found.not_namespaces).chain(&found.principals).chain(&found.not_principals) {
-                    if matches!(matcher, StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) if text.len() == 0) {
+                    if matches!(matcher, StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) if text.is_empty()) {
                         return Some("a namespace or principal matcher is an empty string".to_owned());
                     }
                 }
                 for account in found.service_accounts.iter().chain(&found.not_service_accounts) {
-                    if account.namespace.len() == 0 || account.service_account.len() == 0 {
+                    if account.namespace.is_empty() || account.service_account.is_empty() {
                         return Some("a service account matcher lacks its namespace or its name".to_owned());
                     }
                 }
