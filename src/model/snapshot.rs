@@ -160,9 +160,8 @@ impl Snapshot {
         service.into_iter().flat_map(|service| self.endpoints_of(service))
     }
 
-    /// The endpoints of a service, filtered by its health policy, each with its own service port to target port. Made to be
-    /// walked twice by a choice.
-    pub fn endpoints_of<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + Clone + use<'a> {
+    /// The endpoints of a service, filtered by its health policy, each with its own service port to target port.
+    pub fn endpoints_of<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + use<'a> {
         let all = service.allows_unhealthy();
         let key = self.0.hash_pair(&service.namespace, &service.hostname);
         self.0.members.under(key).filter_map(move |workload| {

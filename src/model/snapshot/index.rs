@@ -16,9 +16,9 @@ const PREFIX: u32 = 6 * BITS;
 /// Rows by a hash of one of their properties. Two rows under one key are either equal in that property (two workloads with
 /// one address) or a collision, and the index cannot tell: every reader compares the rows themselves.
 ///
-/// A radix tree over the hash, of branches with all their children and leaves of exactly their rows. At 100,000 rows it
-/// takes about 30 bytes a row and three steps; imbl's B-tree takes as much memory and three times the time, its hash trie
-/// four times the memory (measured by `benches/lookup.rs` and by the sizes of their nodes).
+/// A radix tree over the hash, of branches with all their children and leaves of exactly their rows: about 30 bytes a row and
+/// three steps at 100,000 rows. In `benches/lookup.rs` imbl's B-tree, as compact, took two to three times as long; its hash
+/// trie has nodes of a fixed width, which at this size would be mostly empty.
 #[derive(Clone)]
 pub(super) struct Index<V> {
     root: Node<V>,
@@ -64,7 +64,7 @@ impl<V: Clone> Index<V> {
     }
 
     /// All rows whose keys were [`grouped`] under this one; the caller compares.
-    pub(super) fn under(&self, group: u64) -> impl Iterator<Item = &V> + Clone {
+    pub(super) fn under(&self, group: u64) -> impl Iterator<Item = &V> {
         let (mut node, mut rest) = (&self.root, group);
         for _ in 0..PREFIX / BITS {
             let Node::Branch(children) = node else { break };
@@ -167,7 +167,6 @@ impl<V: Clone> Node<V> {
 }
 
 /// The rows below a node. Allocates only below a branch.
-#[derive(Clone)]
 struct Rows<'a, V> {
     leaf: Iter<'a, (u64, V)>,
     waiting: Vec<Iter<'a, Node<V>>>,

@@ -1,15 +1,15 @@
 //! The choice of an endpoint (reference, dataplane §3.4).
 
-use std::cmp::Ordering;
 use std::sync::Arc;
 
-use rand::{Rng, RngExt};
+use rand::Rng;
+use rand::seq::IndexedRandom;
 
 use crate::model::{LoadBalancing, LoadBalancingMode, Scope, Service, Snapshot, Workload};
 
 /// Chooses an endpoint of a service for a service port, and its target port: of the endpoints that can take the
 /// connection, those that are nearest by the service's preferences, weighted by capacity. `None` if the service does not
-/// have the port, or nobody can take it. Walks the endpoints twice instead of collecting them.
+/// have the port, or nobody can take it.
 pub(super) fn choose(snapshot: &Snapshot, service: &Service, source: &Workload, port: u16, rng: &mut impl Rng) -> Option<(Arc<Workload>, u16)> {
     let service_target = service.ports.target(port)?;
     let preferences = service.load_balancing.as_ref().filter(|balancing| prefers(balancing.mode));
@@ -19,27 +19,12 @@ pub(super) fn choose(snapshot: &Snapshot, service: &Service, source: &Workload, 
         let rank = preferences.map_or(Some(0), |balancing| rank(balancing, source, workload))?;
         (target != 0 && reachable(source, workload)).then_some((rank, workload, target))
     });
-
-    let (mut nearest, mut total) = (0, 0_u64);
-    for (rank, workload, _) in candidates.clone() {
-        let weight = u64::from(workload.capacity);
-        match rank.cmp(&nearest) {
-            Ordering::Greater => (nearest, total) = (rank, weight),
-            Ordering::Equal => total += weight,
-            Ordering::Less => {}
-        }
-    }
-    if total == 0 {
-        return None;
-    }
-    let mut ticket = rng.random_range(0..total);
-    for (_, workload, target) in candidates.filter(|(rank, ..)| *rank == nearest) {
-        match ticket.checked_sub(u64::from(workload.capacity)) {
-            None => return Some((workload.clone(), target)),
-            Some(rest) => ticket = rest,
-        }
-    }
-    None
+    let mut candidates: Vec<_> = candidates.collect();
+    let nearest = candidates.iter().map(|(rank, ..)| *rank).max()?;
+    candidates.retain(|(rank, ..)| *rank == nearest);
+    // An error is a sum of 0: nobody among the nearest has any capacity.
+    let (_, workload, target) = candidates.choose_weighted(rng, |(_, workload, _)| u64::from(workload.capacity)).ok()?;
+    Some((Arc::clone(workload), *target))
 }
 
 fn prefers(mode: LoadBalancingMode) -> bool {

@@ -55,12 +55,12 @@ impl Oracle {
 
     fn pick<'a>(candidates: Vec<&'a Service>, client: Option<&str>) -> Option<&'a Service> {
         let Some(client) = client else {
-            return candidates.iter().find(|service| service.canonical).or(candidates.first()).copied();
+            return candidates.iter().find(|service| service.canonical).or_else(|| candidates.first()).copied();
         };
         let seen: Vec<_> =
             candidates.into_iter().filter(|service| service.visibility == Visibility::Public || service.namespace == *client).collect();
         let home = seen.iter().find(|service| service.namespace == *client);
-        home.or_else(|| seen.iter().find(|service| service.canonical)).or(seen.first()).copied()
+        home.or_else(|| seen.iter().find(|service| service.canonical)).or_else(|| seen.first()).copied()
     }
 
     fn by_hostname(&self, hostname: &str, client: Option<&str>) -> Option<&Service> {
