@@ -200,7 +200,7 @@ async fn whatever_is_wrong_is_told_with_its_line_and_field() {
         (format!("{service}  visibility: Private\n"), ":5:15: services[0].visibility: expected one of Public, Namespace, found \"Private\""),
         (format!("{service}  endpoints: {{u: {{workloadUid: u}}}}\n"), ":5:18: services[0].endpoints.u: no workload of this file has this uid"),
         (format!("{service}- name: t\n  namespace: n\n  hostname: h\n"), ":7:13: services[1].hostname: \"n/h\" is already services[0]"),
-        (format!("{policy}"), ":2:3: policies[0]: the field \"rules\" is missing"),
+        (policy.to_owned(), ":2:3: policies[0]: the field \"rules\" is missing"),
         (format!("{policy}  rules:\n"), ":6:8: policies[0].rules: expected a list, found nothing; write [] for an empty one"),
         (
             "policies:\n- name: p\n  scope: Namespace\n  action: Deny\n  rules: []\n".into(),
