@@ -50,13 +50,20 @@ pub(super) fn fingerprint(path: &Path) -> Option<Fingerprint> {
     })
 }
 
-/// Which entries of which directories decide what a path leads to. Directories are without symbolic links, with their device and
-/// inode, so that a directory put in place of another one makes a difference.
+/// Which entries of which directories decide what a path leads to. The paths of the directories are without symbolic links.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Places(BTreeMap<PathBuf, (Option<(u64, u64)>, BTreeSet<OsString>)>);
+pub(super) struct Places(BTreeMap<PathBuf, Directory>);
+
+/// One directory of [`Places`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Directory {
+    /// Device and inode: a directory put in place of another one makes a difference.
+    identity: Option<(u64, u64)>,
+    names: BTreeSet<OsString>,
+}
 
 impl Places {
-    fn of(path: &Path) -> Self {
+    pub(super) fn of(path: &Path) -> Self {
         let mut places = Self::default();
         let names = |path: &Path| -> VecDeque<OsString> {
             let kept = path.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
@@ -94,11 +101,11 @@ impl Places {
 
     fn add(&mut self, directory: &Path, name: OsString) {
         let identity = || std::fs::metadata(directory).ok().map(|found| (found.dev(), found.ino()));
-        self.0.entry(directory.to_owned()).or_insert_with(|| (identity(), BTreeSet::new())).1.insert(name);
+        self.0.entry(directory.to_owned()).or_insert_with(|| Directory { identity: identity(), names: BTreeSet::new() }).names.insert(name);
     }
 
-    fn concerns(&self, path: &Path) -> bool {
-        let entry = || Some(self.0.get(path.parent()?)?.1.contains(path.file_name()?));
+    pub(super) fn concerns(&self, path: &Path) -> bool {
+        let entry = || Some(self.0.get(path.parent()?)?.names.contains(path.file_name()?));
         self.0.contains_key(path) || entry().unwrap_or(false)
     }
 }

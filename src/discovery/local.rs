@@ -17,6 +17,7 @@ use std::time::Duration;
 use super::follow::{self, Fingerprint, Follower};
 use super::form::{self, Rows};
 use super::{Edit, Error, Mesh, Publisher, World};
+use crate::lifecycle::Supervisor;
 use crate::model::Text;
 
 /// A larger file is refused: 100,000 workloads take about 60 MiB.
@@ -43,11 +44,14 @@ pub struct Config {
     pub poll: Duration,
     /// Where loads are counted.
     pub stats: Arc<ReloadStats>,
+    /// Told if following the file ends while somebody still reads the mesh. Default: one that nobody listens to.
+    pub supervisor: Supervisor,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { node: None, quiet: Duration::from_millis(30), poll: Duration::from_millis(100), stats: Arc::default() }
+        let (quiet, poll) = (Duration::from_millis(30), Duration::from_millis(100));
+        Self { node: None, quiet, poll, stats: Arc::default(), supervisor: Supervisor::new() }
     }
 }
 
@@ -60,7 +64,8 @@ pub struct ReloadStats {
     pub failures: AtomicU64,
 }
 
-/// Loads the source and, if it is a file, keeps following it in a task that ends with the last [`Mesh`] handle.
+/// Loads the source and, if it is a file, keeps following it in a supervised task that ends with the last [`Mesh`] handle: hold one until
+/// [`Supervisor::stop`].
 ///
 /// Fails if the source cannot be read or has anything wrong in it; the error names the line and the field.
 pub async fn start(source: LocalSource, config: Config) -> Result<Mesh, Error> {
@@ -76,7 +81,7 @@ pub async fn start(source: LocalSource, config: Config) -> Result<Mesh, Error> {
             let (reading, rows) = load(path.clone(), Reading::default()).await;
             let rows = rows.unwrap_or_else(|| Err(Error::Unreadable { path, reason: "reading it was interrupted".to_owned() }))?;
             publish(&mut publisher, rows, &config.stats);
-            tokio::spawn(reload(publisher, follower, reading, config.stats));
+            config.supervisor.supervise("static configuration", reload(publisher, follower, reading, config.stats));
         }
     }
     Ok(mesh)

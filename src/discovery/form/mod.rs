@@ -211,7 +211,7 @@ impl Document {
             }
         }
         let endpoints = |service: &Service| {
-            snapshot.endpoints(&service.key()).map(|(workload, ports)| (workload.uid.clone(), EndpointForm::of(&workload, ports))).collect()
+            snapshot.endpoints(&service.key()).map(|(workload, ports)| (workload.uid.clone(), EndpointForm::of(workload, ports))).collect()
         };
         Self {
             workloads: workloads.iter().map(|workload| WorkloadForm::listed(workload)).collect(),
