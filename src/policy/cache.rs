@@ -2,7 +2,6 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
-use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
@@ -54,12 +53,12 @@ impl DecisionCache {
 
     /// The facts without those that no policy looks at: a policy that knows no addresses need not be asked again for each.
     fn relevant(&self, facts: Facts) -> Facts {
-        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let any = Facts::anything();
         Facts {
             identity: facts.identity.filter(|_| self.uses.identity),
-            source_ip: if self.uses.source_ip { facts.source_ip } else { any },
-            destination_ip: if self.uses.destination_ip { facts.destination_ip } else { any },
-            destination_port: if self.uses.destination_port { facts.destination_port } else { 0 },
+            source_ip: if self.uses.source_ip { facts.source_ip } else { any.source_ip },
+            destination_ip: if self.uses.destination_ip { facts.destination_ip } else { any.destination_ip },
+            destination_port: if self.uses.destination_port { facts.destination_port } else { any.destination_port },
         }
     }
 }

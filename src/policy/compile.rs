@@ -27,7 +27,15 @@ pub(super) struct Compiled {
     pub(super) selected: Option<Arc<Layer>>,
     /// Policies that the workload names and nobody has sent.
     pub(super) unknown: Vec<Text>,
-    cache: Option<DecisionCache>,
+    decisions: Decisions,
+}
+
+/// How decisions are come by.
+enum Decisions {
+    /// Without rules there is nothing to evaluate, and one decision for all.
+    Constant(Arc<Decision>),
+    Evaluated,
+    Cached(DecisionCache),
 }
 
 /// Policies of one scope, by key.
@@ -72,10 +80,14 @@ impl Layer {
 
 impl Compiled {
     pub(super) fn new(global: Option<Arc<Layer>>, namespace: Option<Arc<Layer>>, selected: Option<Arc<Layer>>, unknown: Vec<Text>) -> Self {
-        let mut compiled = Self { global, namespace, selected, unknown, cache: None };
+        let mut compiled = Self { global, namespace, selected, unknown, decisions: Decisions::Evaluated };
         let policies = compiled.layers().flat_map(|layer| &layer.policies);
         let (rules, uses) = policies.fold((0, Uses::default()), |(rules, uses), policy| (rules + policy.rules.len(), uses.or(policy.uses)));
-        compiled.cache = (rules > FEW).then(|| DecisionCache::new(uses));
+        compiled.decisions = match rules {
+            0 => Decisions::Constant(Arc::new(compiled.evaluate(&Facts::anything()))),
+            1..=FEW => Decisions::Evaluated,
+            _ => Decisions::Cached(DecisionCache::new(uses)),
+        };
         compiled
     }
 
@@ -116,10 +128,10 @@ impl CompiledPolicy {
     ///
     /// A decision for facts that were seen before is taken from a bounded cache.
     pub fn permit(&self, facts: &Facts) -> Result<Permitted, Denial> {
-        let facts = facts.canonical();
-        conclude(match &self.0.cache {
-            Some(cache) => cache.decide(facts, |facts| self.0.evaluate(facts)),
-            None => Arc::new(self.0.evaluate(&facts)),
+        conclude(match &self.0.decisions {
+            Decisions::Constant(decision) => Arc::clone(decision),
+            Decisions::Evaluated => Arc::new(self.0.evaluate(&facts.canonical())),
+            Decisions::Cached(cache) => cache.decide(facts.canonical(), |facts| self.0.evaluate(facts)),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What is decided about, and how it was decided.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use crate::model::{SpiffeId, Text, canonical};
@@ -21,6 +21,12 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// Facts for decisions that look at none.
+    pub(super) fn anything() -> Self {
+        let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        Self { identity: None, source_ip: nowhere, destination_ip: nowhere, destination_port: 0 }
+    }
+
     /// The same facts with canonical addresses: `::ffff:1.2.3.4` is `1.2.3.4` in every matcher.
     pub(super) fn canonical(&self) -> Self {
         Self { source_ip: canonical(self.source_ip), destination_ip: canonical(self.destination_ip), ..self.clone() }
