@@ -10,7 +10,7 @@ mod intern;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::hash::{BuildHasher, Hash};
+use std::hash::BuildHasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 
