@@ -9,8 +9,6 @@ mod dump;
 mod follow;
 mod form;
 pub mod local;
-#[cfg(test)]
-mod tests;
 mod world;
 
 use std::path::PathBuf;
@@ -45,3 +43,6 @@ pub enum Error {
         reason: String,
     },
 }
+
+#[cfg(test)]
+mod tests;

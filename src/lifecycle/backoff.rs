@@ -123,7 +123,7 @@ mod tests {
         let delays: Vec<Duration> = (0..4000).map(|_| Backoff::new(second, second).next_delay()).collect();
         for tenth in 0..10 {
             let range = second * tenth / 10..second * (tenth + 1) / 10;
-            let inside = delays.iter().filter(|delay| range.contains(delay)).count();
+            let inside = delays.iter().filter(|delay| range.contains(*delay)).count();
             assert!((250..550).contains(&inside), "{inside} of 4000 delays in {range:?}");
         }
     }

@@ -4,8 +4,6 @@
 mod policy;
 mod scalar;
 mod service;
-#[cfg(test)]
-mod tests;
 mod workload;
 mod yaml;
 
@@ -289,3 +287,6 @@ fn sorted_policies(policies: &PolicySet) -> Vec<PolicyForm> {
     policies.sort_by_cached_key(|policy| policy.key());
     policies.into_iter().map(|policy| PolicyForm::of(policy)).collect()
 }
+
+#[cfg(test)]
+mod tests;
