@@ -69,7 +69,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
 
     let reloads = Arc::new(ReloadStats::default());
     let node_name = Some(settings.node_name.as_str()).filter(|name| !name.is_empty()).map(Into::into);
-    let config = local::Config { node: node_name, stats: reloads.clone(), ..local::Config::default() };
+    let config = local::Config { node: node_name, stats: reloads.clone(), supervisor: supervisor.clone(), ..local::Config::default() };
     let mesh = local::start(settings.source.clone(), config).await?;
     state_ready.ready();
     let credentials = credentials(&settings, &supervisor)?;
