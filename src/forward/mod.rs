@@ -3,7 +3,9 @@
 //! Main types: [`relay`], [`Ended`], [`Buffers`].
 
 mod buffer;
+pub mod record;
 mod relay;
+pub mod slab;
 
 pub use buffer::{MAX_READ, MIN_READ, ReadSize};
 pub use relay::{Ended, relay};

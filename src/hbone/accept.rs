@@ -1,63 +1,35 @@
-//! The serving side: TLS, the HTTP/2 handshake, and the requests of one tunnel.
+//! The serving side: TLS, then the requests of one tunnel.
 
-use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
-use super::keepalive::keep_alive;
+use super::engine::{self, Asked, Command, Established};
 use super::stream::TunnelStream;
-use super::{BadRequest, Config, ConnectRequest, ConnectResponse, Error, Refusal};
+use super::{BadRequest, Config, ConnectRequest, ConnectResponse, Error, Refusal, hpack};
 use crate::identity::{Credential, peer_identity};
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::SpiffeId;
-
-/// Bytes that may wait per stream for the peer's window before the relay stops reading the application.
-const SEND_BUFFER: usize = 400 << 10;
-/// h2 charges each unread DATA frame under 256 bytes against this budget and closes the whole tunnel when it is spent. One slow reader of
-/// small writes must not take its neighbours down, so the budget allows every stream of a full tunnel 128 KiB of one-byte frames' charge.
-const SMALL_FRAME_BUDGET: usize = 32 << 20;
 
 /// A tunnel that a verified peer opened to us.
 pub struct ServerTunnel {
     peer: SpiffeId,
     address: SocketAddr,
-    connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+    established: Established,
     config: Arc<Config>,
 }
 
-/// Finishes the TLS and HTTP/2 handshakes on an accepted socket, both within [`Config::handshake_deadline`].
+/// Finishes the TLS handshake on an accepted socket within [`Config::handshake_deadline`]; the peer's first SETTINGS have as long again.
 pub async fn accept(socket: TcpStream, address: SocketAddr, credential: &Credential, config: &Arc<Config>) -> Result<ServerTunnel, Error> {
-    let handshake = async {
-        let stream = TlsAcceptor::from(credential.server_config())
-            .accept(socket)
-            .await
-            .map_err(|error| Error::Tls(crate::identity::explain_io(&error).to_string()))?;
-        let peer = peer_identity(stream.get_ref().1.peer_certificates().unwrap_or_default())?;
-        let connection = builder(config).handshake(stream).await.map_err(|error| Error::Handshake(error.to_string()))?;
-        Ok(ServerTunnel { peer, address, connection, config: config.clone() })
-    };
-    match tokio::time::timeout(config.handshake_deadline, Box::pin(handshake)).await {
-        Ok(outcome) => outcome,
+    match tokio::time::timeout(config.handshake_deadline, Box::pin(engine::welcome(socket, credential))).await {
+        Ok(established) => {
+            let established = established?;
+            let peer = peer_identity(&established.chain)?;
+            Ok(ServerTunnel { peer, address, established, config: config.clone() })
+        }
         Err(_) => Err(Error::HandshakeDeadline(config.handshake_deadline)),
     }
-}
-
-fn builder(config: &Config) -> h2::server::Builder {
-    let mut builder = h2::server::Builder::new();
-    builder
-        .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
-        .max_frame_size(config.frame_size)
-        .max_header_list_size(config.header_list)
-        .max_concurrent_streams(config.max_streams)
-        .max_send_buffer_size(SEND_BUFFER)
-        .data_frame_budget(SMALL_FRAME_BUDGET);
-    builder
 }
 
 impl ServerTunnel {
@@ -75,52 +47,49 @@ impl ServerTunnel {
 
     /// Serves until the peer leaves, stops answering PINGs, or a drain ends it. A graceful drain sends GOAWAY and lets streams finish; an
     /// immediate one drops everything.
-    pub async fn serve(mut self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming)) -> Result<(), Error> {
-        let pings = self.connection.ping_pong();
-        let config = self.config.clone();
-        let mut dead = std::pin::pin!(keep_alive(pings, &config));
-        let mut draining = false;
-        loop {
-            tokio::select! {
-                biased;
-                mode = drain.signaled(), if !draining => match mode {
-                    DrainMode::Immediate => return Ok(()),
-                    DrainMode::Graceful => {
-                        draining = true;
-                        self.connection.graceful_shutdown();
-                    }
-                },
-                error = &mut dead => {
-                    self.connection.abrupt_shutdown(h2::Reason::NO_ERROR);
-                    return Err(error);
-                }
-                request = self.connection.accept() => match request {
-                    Some(Ok((request, respond))) => on_request(Incoming::new(request, respond)),
-                    Some(Err(error)) => return quiet(&error),
-                    None => return Ok(()),
-                },
+    pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming) + Send + 'static) -> Result<(), Error> {
+        let (tunnel, inbox) = engine::server(self.established, self.config, move |asked| on_request(Incoming::new(asked)))?;
+        let told = async move {
+            if drain.signaled().await == DrainMode::Graceful {
+                // A tunnel that has ended needs no drain.
+                let _ = inbox.send(Command::Drain);
+                drain.forced().await;
             }
+        };
+        tokio::select! {
+            biased;
+            () = told => Ok(()),
+            outcome = tunnel => outcome,
         }
     }
-}
-
-/// A peer that hangs up or says goodbye is not an error.
-fn quiet(error: &h2::Error) -> Result<(), Error> {
-    let goodbye = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
-    if goodbye || error.is_io() { Ok(()) } else { Err(Error::Tunnel(error.to_string())) }
 }
 
 /// One CONNECT that waits for its answer. Dropped without one, its stream is reset.
 pub struct Incoming {
     request: Result<ConnectRequest, BadRequest>,
-    body: h2::RecvStream,
-    respond: h2::server::SendResponse<Bytes>,
+    told: tokio::sync::oneshot::Receiver<()>,
+    stream: TunnelStream,
+    answer: Answer,
+}
+
+/// Where the answer goes.
+struct Answer {
+    id: u32,
+    inbox: Arc<engine::Inbox<Command>>,
+}
+
+impl Answer {
+    fn send(&self, block: Vec<u8>, end: bool) -> Result<(), Error> {
+        let command = Command::Answer { id: self.id, block, end };
+        self.inbox.send(command).map_err(|_| Error::Tunnel("the tunnel is gone".into()))
+    }
 }
 
 impl Incoming {
-    fn new(request: http::Request<h2::RecvStream>, respond: h2::server::SendResponse<Bytes>) -> Self {
-        let (head, body) = request.into_parts();
-        Self { request: ConnectRequest::from_http(&head), body, respond }
+    fn new(asked: Asked) -> Self {
+        let Asked { id, fields, told, inbox } = asked;
+        let stream = TunnelStream::new(id, inbox.clone(), None);
+        Self { request: fields.into_request(), told, stream, answer: Answer { id, inbox } }
     }
 
     /// What is asked, or why it is no proper CONNECT.
@@ -130,21 +99,21 @@ impl Incoming {
 
     /// Resolves when the peer gave the request up, so that work for it can stop.
     pub async fn abandoned(&mut self) {
-        // Both outcomes mean that nobody waits for the answer any more.
-        let _ = poll_fn(|context| self.respond.poll_reset(context)).await;
+        // The sender goes with the stream.
+        let _ = (&mut self.told).await;
     }
 
     /// Answers without opening the tunnel stream: HEADERS with END_STREAM, no body.
-    pub fn refuse(mut self, refusal: Refusal) {
-        let mut response = http::Response::new(());
-        *response.status_mut() = refusal.status();
+    pub fn refuse(self, refusal: Refusal) {
+        let mut block = Vec::new();
+        hpack::status(refusal.status(), &mut block);
         // A peer that has left needs no answer.
-        let _ = self.respond.send_response(response, true);
+        let _ = self.answer.send(block, true);
     }
 
     /// Answers 200 and hands over the stream.
-    pub fn accept(mut self, response: &ConnectResponse) -> Result<TunnelStream, Error> {
-        let send = self.respond.send_response(response.to_http(), false).map_err(|error| Error::Tunnel(error.to_string()))?;
-        Ok(TunnelStream::new(send, self.body, None))
+    pub fn accept(self, response: &ConnectResponse) -> Result<TunnelStream, Error> {
+        self.answer.send(response.block(), false)?;
+        Ok(self.stream)
     }
 }

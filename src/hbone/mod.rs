@@ -5,7 +5,8 @@
 
 mod accept;
 mod dial;
-mod keepalive;
+mod engine;
+mod hpack;
 mod pool;
 mod request;
 mod stream;

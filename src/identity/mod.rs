@@ -14,6 +14,7 @@ mod issuer;
 mod local;
 mod local_files;
 mod renewal;
+mod secrets;
 mod tls;
 mod verify;
 
@@ -26,6 +27,7 @@ pub use error::{AnswerProblem, IdentityError, PeerError};
 pub use explain::{HandshakeFailure, explain, explain_io};
 pub use issuer::{Issued, Issuer, IssuerFuture, SigningRequest};
 pub use local::LocalIssuer;
+pub use secrets::{TrafficSecrets, capture_secrets};
 pub use verify::{expect_peer, peer_identity};
 
 /// Settings of this room.

@@ -13,6 +13,7 @@ use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, Error, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
 use super::Config;
+use super::secrets::Capture;
 use super::verify::{ClientVerifier, ServerVerifier};
 use crate::lifecycle::Clock;
 
@@ -71,6 +72,7 @@ impl Shape {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
         config.enable_secret_extraction = true;
+        config.key_log = Arc::new(Capture);
         Ok(config)
     }
 
@@ -85,6 +87,7 @@ impl Shape {
         config.enable_sni = false;
         config.enable_early_data = false;
         config.enable_secret_extraction = true;
+        config.key_log = Arc::new(Capture);
         Ok(config)
     }
 }

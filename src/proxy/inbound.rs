@@ -40,11 +40,12 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
         Err(error) => return pod.refuse(Reporter::Destination, client, Some(local), &error),
     };
     let ends = Tunnel { peer: tunnel.peer().clone(), client, local };
-    let served = Box::pin(tunnel.serve(drain.clone(), |incoming| {
+    let identity = ends.peer.clone();
+    let served = Box::pin(tunnel.serve(drain.clone(), move |incoming| {
         tokio::spawn(request(pod.clone(), ends.clone(), incoming, drain.clone()));
     }));
     if let Err(error) = served.await {
-        tracing::debug!(peer = %client, identity = %ends.peer, %error, "tunnel ended");
+        tracing::debug!(peer = %client, %identity, %error, "tunnel ended");
     }
 }
 

@@ -205,12 +205,12 @@ pub(super) enum Client {
 
 impl Connected {
     /// Moves bytes until both ends are done, policy changes its mind, or a drain ends it.
-    pub(super) async fn relay(self, client: Client, meter: &Meter, drain: &mut DrainWatcher) -> ConnectionEnd {
+    pub(super) async fn relay(self, client: Client, meter: &Arc<Meter>, drain: &mut DrainWatcher) -> ConnectionEnd {
         let Self { socket, permitted, mut guard } = self;
         let transfer = async {
             match client {
                 Client::Plain(client) => relay(client, socket, meter).await,
-                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter).await,
+                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter.clone()).await,
             }
         };
         let end = tokio::select! {

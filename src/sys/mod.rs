@@ -11,3 +11,4 @@ pub mod nft;
 pub mod route;
 pub mod seqpacket;
 pub mod socket;
+pub mod stream_io;

@@ -1,0 +1,49 @@
+//! What the outside asks of a tunnel's task.
+
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+use super::super::stream::Role;
+use super::super::{ConnectResponse, Error};
+use super::frame::Reason;
+use crate::forward::Ended;
+use crate::telemetry::Meter;
+
+/// What became of a CONNECT of ours.
+pub(in crate::hbone) enum Answered {
+    /// 200: the stream's id.
+    Open(u32, ConnectResponse),
+    /// The peer did nothing with it: another tunnel may be tried.
+    Unused(Error),
+    /// It failed.
+    Failed(Error),
+}
+
+/// One request to the task that owns the tunnel.
+pub(in crate::hbone) enum Command {
+    /// Opens a stream with this header block.
+    Open { block: Vec<u8>, answer: oneshot::Sender<Answered> },
+    /// Answers a CONNECT of the peer; `end` refuses it.
+    Answer { id: u32, block: Vec<u8>, end: bool },
+    /// Gives a stream its application.
+    Attach(Box<Attach>),
+    /// Gives a stream up.
+    Reset { id: u32, reason: Reason },
+    /// No more new streams: GOAWAY, then close when the last one is done.
+    Drain,
+    /// Close when no stream is open.
+    Release,
+    /// Close now.
+    Abort,
+}
+
+/// A stream's application.
+pub(in crate::hbone) struct Attach {
+    pub(in crate::hbone) id: u32,
+    pub(in crate::hbone) socket: TcpStream,
+    pub(in crate::hbone) role: Role,
+    pub(in crate::hbone) meter: Arc<Meter>,
+    pub(in crate::hbone) done: oneshot::Sender<Ended>,
+}

@@ -1,0 +1,537 @@
+//! Every frame but the payload of DATA: SETTINGS, HEADERS, PING, GOAWAY, RST_STREAM, WINDOW_UPDATE (RFC 9113 §6).
+
+use std::ops::Range;
+
+use tokio::sync::oneshot;
+
+use super::super::{ConnectResponse, Error};
+use super::command::Answered;
+use super::frame::{self, Head, Reason};
+use super::stream::{Phase, Stream};
+use super::tunnel::{Life, Side, Tunnel};
+use super::{Asked, INITIAL_WINDOW, MAX_WINDOW};
+use crate::forward::Ended;
+use crate::forward::record::{Content, Sealer};
+use crate::hbone::hpack;
+use crate::hbone::request::Fields;
+
+/// Fragments of one header block; our peers need one or two (CVE-2024-27919 and its family).
+const MAX_FRAGMENTS: u32 = 8;
+
+/// The frame that is being walked through.
+pub(super) struct Frame {
+    head: Head,
+    /// Octets of padding, once they are known.
+    padding: Option<usize>,
+    /// Octets of payload and padding that are still to come.
+    left: usize,
+}
+
+/// A header block whose end has not come yet.
+pub(super) struct HeaderBlock {
+    stream: u32,
+    end_stream: bool,
+    fragments: u32,
+    bytes: Vec<u8>,
+}
+
+/// What the peer said about itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PeerSettings {
+    /// Its first SETTINGS have come.
+    pub(super) known: bool,
+    pub(super) initial_window: i64,
+    pub(super) max_streams: u32,
+}
+
+impl Default for PeerSettings {
+    fn default() -> Self {
+        // 100 streams until the peer says otherwise, as the reference assumes (dataplane §2.2).
+        Self { known: false, initial_window: i64::from(frame::DEFAULT_WINDOW), max_streams: 100 }
+    }
+}
+
+impl Tunnel {
+    /// Our first frames.
+    pub(super) fn greet(&mut self) {
+        let mut settings = vec![
+            (frame::SETTINGS_INITIAL_WINDOW_SIZE, INITIAL_WINDOW),
+            (frame::SETTINGS_MAX_FRAME_SIZE, self.config.frame_size),
+            (frame::SETTINGS_MAX_HEADER_LIST_SIZE, self.config.header_list),
+        ];
+        match self.side {
+            Side::Client => settings.push((frame::SETTINGS_ENABLE_PUSH, 0)),
+            Side::Server(_) => settings.push((frame::SETTINGS_MAX_CONCURRENT_STREAMS, self.config.max_streams)),
+        }
+        let payload: Vec<u8> = settings.iter().flat_map(|(id, value)| id.to_be_bytes().into_iter().chain(value.to_be_bytes())).collect();
+        frame::put(&mut self.control, frame::SETTINGS, 0, 0, &payload);
+        let more = self.config.connection_window.saturating_sub(frame::DEFAULT_WINDOW);
+        if more > 0 {
+            self.receive_window += i64::from(more);
+            frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &more.to_be_bytes());
+        }
+    }
+
+    /// A frame begins.
+    pub(super) fn begin(&mut self, buffer: &[u8], head: Head) -> Result<(), Reason> {
+        if head.length > self.config.frame_size as usize {
+            return Err(Reason::FRAME_SIZE_ERROR);
+        }
+        // A block in pieces is followed by nothing else (RFC 9113 §6.10), and SETTINGS come first (§3.4).
+        if self.block.is_some() != (head.kind == frame::CONTINUATION) || (!self.peer.known && head.kind != frame::SETTINGS) {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        if head.kind == frame::DATA {
+            return self.begin_data(buffer, head);
+        }
+        // Bytes before this frame reach their application before the frame takes effect.
+        self.flush_spans(buffer);
+        check_shape(head)?;
+        self.gathered.clear();
+        self.frame = Some(Frame { head, padding: None, left: head.length });
+        if head.length == 0 { self.finish(head) } else { Ok(()) }
+    }
+
+    fn begin_data(&mut self, buffer: &[u8], head: Head) -> Result<(), Reason> {
+        if head.stream == 0 {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        self.account(head)?;
+        match self.streams.slot_of(head.stream) {
+            Some(slot) if self.streams.at(slot).is_some_and(|stream| stream.received_end) => return Err(Reason::STREAM_CLOSED),
+            Some(_) => {}
+            None if self.is_idle(head.stream) => return Err(Reason::PROTOCOL_ERROR),
+            None => self.temper.idle_frame()?,
+        }
+        if head.length < 64 {
+            self.temper.idle_frame()?;
+        }
+        let padding = if head.has(frame::PADDED) { None } else { Some(0) };
+        if padding.is_none() && head.length == 0 {
+            return Err(Reason::FRAME_SIZE_ERROR);
+        }
+        self.frame = Some(Frame { head, padding, left: head.length });
+        if head.length == 0 { self.finish_data(buffer, head) } else { Ok(()) }
+    }
+
+    fn is_idle(&self, id: u32) -> bool {
+        match self.side {
+            Side::Client => id % 2 == 0 || id >= self.next_id,
+            Side::Server(_) => id % 2 == 0 || id > self.last_peer_id,
+        }
+    }
+
+    /// A part of a payload.
+    pub(super) fn payload(&mut self, buffer: &[u8], mut range: Range<usize>, left: usize) -> Result<(), Reason> {
+        let Some(frame) = &mut self.frame else { return Err(Reason::PROTOCOL_ERROR) };
+        let head = frame.head;
+        if head.kind == frame::DATA {
+            frame.left -= range.len();
+            if frame.padding.is_none() {
+                let padding = buffer.get(range.start).copied().map_or(0, usize::from);
+                if padding >= head.length {
+                    return Err(Reason::PROTOCOL_ERROR);
+                }
+                frame.padding = Some(padding);
+                range.start += 1;
+                self.return_padding(head.stream, 1 + padding);
+            }
+            let padding = self.frame.as_ref().and_then(|frame| frame.padding).unwrap_or(0);
+            // What is left of payload in this piece: all but the padding that may already have begun.
+            let beyond = padding.saturating_sub(left).min(range.len());
+            range.end -= beyond;
+            if !range.is_empty() {
+                self.data(buffer, head.stream, range)?;
+            }
+            return if left == 0 { self.finish_data(buffer, head) } else { Ok(()) };
+        }
+        if is_known(head.kind) {
+            self.gathered.extend_from_slice(buffer.get(range).unwrap_or_default());
+        }
+        if left == 0 { self.finish(head) } else { Ok(()) }
+    }
+
+    /// Padding counts for flow control and is given back at once.
+    fn return_padding(&mut self, id: u32, octets: usize) {
+        match self.streams.slot_of(id) {
+            Some(slot) => self.credit(slot, octets),
+            None => self.return_connection(octets),
+        }
+    }
+
+    fn finish_data(&mut self, buffer: &[u8], head: Head) -> Result<(), Reason> {
+        self.frame = None;
+        if head.has(frame::END_STREAM) {
+            self.flush_spans(buffer);
+            self.end_of(head.stream);
+        }
+        Ok(())
+    }
+
+    /// A whole frame other than DATA is here.
+    fn finish(&mut self, head: Head) -> Result<(), Reason> {
+        self.frame = None;
+        let payload = std::mem::take(&mut self.gathered);
+        let outcome = match head.kind {
+            frame::HEADERS => self.headers(head, &payload),
+            frame::CONTINUATION => self.continuation(head, &payload),
+            frame::SETTINGS => self.settings(head, &payload),
+            frame::PING => self.ping(head, &payload),
+            frame::RST_STREAM => self.rst_stream(head, &payload),
+            frame::WINDOW_UPDATE => self.window_update(head, &payload),
+            frame::GOAWAY => self.goaway_from_peer(&payload),
+            frame::PUSH_PROMISE => Err(Reason::PROTOCOL_ERROR),
+            // PRIORITY and what we do not know (RFC 9113 §4.1, §5.5).
+            _ => self.temper.idle_frame(),
+        };
+        self.gathered = payload;
+        outcome
+    }
+
+    fn settings(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        if head.has(frame::ACK) {
+            return if self.peer.known { Ok(()) } else { Err(Reason::PROTOCOL_ERROR) };
+        }
+        if self.peer.known {
+            self.temper.idle_frame()?;
+        } else {
+            self.peer.known = true;
+            if matches!(self.side, Side::Client) {
+                self.peer.max_streams = u32::MAX;
+            }
+        }
+        for entry in payload.chunks_exact(6) {
+            let Some([i0, i1, v0, v1, v2, v3]) = entry.first_chunk::<6>().copied() else { break };
+            let (id, value) = (u16::from_be_bytes([i0, i1]), u32::from_be_bytes([v0, v1, v2, v3]));
+            match id {
+                frame::SETTINGS_INITIAL_WINDOW_SIZE => self.resize_windows(value)?,
+                frame::SETTINGS_MAX_CONCURRENT_STREAMS => self.peer.max_streams = value,
+                frame::SETTINGS_MAX_FRAME_SIZE if !(16_384..=16_777_215).contains(&value) => return Err(Reason::PROTOCOL_ERROR),
+                frame::SETTINGS_ENABLE_PUSH if value > 1 => return Err(Reason::PROTOCOL_ERROR),
+                // Our frames fit into the smallest limit, our encoder keeps no table, our lists are short.
+                _ => {}
+            }
+        }
+        frame::put(&mut self.control, frame::SETTINGS, frame::ACK, 0, &[]);
+        self.open_waiting();
+        Ok(())
+    }
+
+    /// A new initial window moves those of all streams, possibly below zero (RFC 9113 §6.9.2).
+    fn resize_windows(&mut self, value: u32) -> Result<(), Reason> {
+        let value = i64::from(value);
+        if value > MAX_WINDOW {
+            return Err(Reason::FLOW_CONTROL_ERROR);
+        }
+        let change = value - self.peer.initial_window;
+        self.peer.initial_window = value;
+        for slot in self.streams.slots() {
+            if let Some(stream) = self.streams.at(slot) {
+                stream.send_window += change;
+                if stream.send_window > MAX_WINDOW {
+                    return Err(Reason::FLOW_CONTROL_ERROR);
+                }
+            }
+            self.enqueue(slot);
+        }
+        Ok(())
+    }
+
+    fn ping(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        if head.has(frame::ACK) {
+            self.answered_ping();
+            return Ok(());
+        }
+        self.temper.idle_frame()?;
+        frame::put(&mut self.control, frame::PING, frame::ACK, 0, payload);
+        Ok(())
+    }
+
+    fn window_update(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        let increment = payload.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes) & 0x7fff_ffff);
+        if head.stream == 0 {
+            if increment == 0 {
+                return Err(Reason::PROTOCOL_ERROR);
+            }
+            self.send_window += i64::from(increment);
+            return if self.send_window > MAX_WINDOW { Err(Reason::FLOW_CONTROL_ERROR) } else { Ok(()) };
+        }
+        if increment < 1024 {
+            self.temper.idle_frame()?;
+        }
+        if self.is_idle(head.stream) {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        let Some(slot) = self.streams.slot_of(head.stream) else { return Ok(()) };
+        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
+        stream.send_window += i64::from(increment);
+        let reason = if increment == 0 {
+            Some(Reason::PROTOCOL_ERROR)
+        } else {
+            (stream.send_window > MAX_WINDOW).then_some(Reason::FLOW_CONTROL_ERROR)
+        };
+        if let Some(reason) = reason {
+            self.temper.local_reset()?;
+            self.abandon(slot, Ended::Failed(std::io::Error::other(format!("the peer broke flow control: {reason}"))), Some(reason));
+            return Ok(());
+        }
+        self.enqueue(slot);
+        Ok(())
+    }
+
+    fn rst_stream(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        if self.is_idle(head.stream) {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        let reason = Reason(payload.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes)));
+        let Some(slot) = self.streams.slot_of(head.stream) else { return self.temper.idle_frame() };
+        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
+        match &stream.phase {
+            Phase::Asked { .. } => {
+                // Dropping the stream tells whoever decides about it.
+                self.abandon(slot, Ended::Finished, None);
+                return self.temper.premature_reset();
+            }
+            Phase::Asking(_) => {
+                let Some(mut stream) = self.streams.remove(slot) else { return Ok(()) };
+                if let Phase::Asking(answer) = std::mem::replace(&mut stream.phase, Phase::Open) {
+                    let error = Error::Tunnel(format!("stream reset by peer: {reason}"));
+                    let answered = if reason == Reason::REFUSED_STREAM { Answered::Unused(error) } else { Answered::Failed(error) };
+                    let _ = answer.send(answered);
+                }
+                self.open_waiting();
+                return Ok(());
+            }
+            Phase::Open | Phase::Relaying(_) => {}
+        }
+        if reason == Reason::NO_ERROR {
+            // A whole answer came, and the peer wants no more of ours (RFC 9113 §8.1).
+            stream.received_end = true;
+            stream.sent_end = true;
+            self.settle(slot);
+            return Ok(());
+        }
+        let error = std::io::Error::new(std::io::ErrorKind::ConnectionReset, format!("stream reset by peer: {reason}"));
+        let ended = match reason {
+            Reason::CANCEL | Reason::STREAM_CLOSED | Reason::CONNECT_ERROR => Ended::Disconnected(error),
+            _ => Ended::Failed(error),
+        };
+        self.abandon(slot, ended, None);
+        Ok(())
+    }
+
+    /// Streams above the last that the peer handled were not touched and may go elsewhere (RFC 9113 §6.8).
+    fn goaway_from_peer(&mut self, payload: &[u8]) -> Result<(), Reason> {
+        let last = payload.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes) & 0x7fff_ffff);
+        let reason = payload.get(4..).and_then(|rest| rest.first_chunk::<4>()).map_or(Reason::NO_ERROR, |bytes| Reason(u32::from_be_bytes(*bytes)));
+        self.goaway_received = true;
+        for slot in self.streams.slots() {
+            let untouched = self.streams.at(slot).is_some_and(|stream| matches!(self.side, Side::Client) && stream.id > last);
+            if untouched && let Some(mut stream) = self.streams.remove(slot) {
+                match std::mem::replace(&mut stream.phase, Phase::Open) {
+                    Phase::Asking(answer) => drop(answer.send(Answered::Unused(Error::Tunnel("the peer is going away".into())))),
+                    Phase::Relaying(mut application) => application.conclude(Ended::Disconnected(std::io::ErrorKind::ConnectionReset.into())),
+                    _ => {}
+                }
+            }
+        }
+        self.open_waiting();
+        if reason == Reason::NO_ERROR {
+            return Ok(());
+        }
+        self.close(Reason::NO_ERROR, Some(Error::Tunnel(format!("the peer ended the connection: {reason}"))));
+        Ok(())
+    }
+
+    fn headers(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        let mut fragment = payload;
+        let mut padding = 0;
+        if head.has(frame::PADDED) {
+            let (length, rest) = fragment.split_first().ok_or(Reason::FRAME_SIZE_ERROR)?;
+            (padding, fragment) = (usize::from(*length), rest);
+        }
+        if head.has(frame::WITH_PRIORITY) {
+            fragment = fragment.get(5..).ok_or(Reason::FRAME_SIZE_ERROR)?;
+        }
+        let end = fragment.len().checked_sub(padding).ok_or(Reason::PROTOCOL_ERROR)?;
+        let bytes = fragment.get(..end).unwrap_or_default().to_vec();
+        let block = HeaderBlock { stream: head.stream, end_stream: head.has(frame::END_STREAM), fragments: 1, bytes };
+        self.take_block(block, head.has(frame::END_HEADERS))
+    }
+
+    fn continuation(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
+        let Some(mut block) = self.block.take() else { return Err(Reason::PROTOCOL_ERROR) };
+        if block.stream != head.stream {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        block.fragments += 1;
+        block.bytes.extend_from_slice(payload);
+        self.take_block(block, head.has(frame::END_HEADERS))
+    }
+
+    fn take_block(&mut self, block: HeaderBlock, whole: bool) -> Result<(), Reason> {
+        // Twice the list, since encoding may make it longer; a peer that needs more is not one of ours.
+        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.config.header_list as usize {
+            return Err(Reason::ENHANCE_YOUR_CALM);
+        }
+        if !whole {
+            self.block = Some(block);
+            return Ok(());
+        }
+        let mut fields = Fields::default();
+        let fits = self
+            .decoder
+            .decode(&block.bytes, self.config.header_list as usize, |name, value| fields.add(name, value))
+            .map_err(|_| Reason::COMPRESSION_ERROR)?;
+        match self.side {
+            Side::Client => self.response(&block, &fields, fits),
+            Side::Server(_) => self.request(&block, fields, fits),
+        }
+    }
+
+    fn request(&mut self, block: &HeaderBlock, fields: Fields, fits: bool) -> Result<(), Reason> {
+        if let Some(slot) = self.streams.slot_of(block.stream) {
+            return self.trailers(slot, block.end_stream);
+        }
+        if block.stream % 2 == 0 || block.stream <= self.last_peer_id {
+            // A trailer of a stream that we reset, or an id used again (RFC 9113 §5.1.1).
+            return if block.stream % 2 == 1 && block.end_stream { self.temper.idle_frame() } else { Err(Reason::PROTOCOL_ERROR) };
+        }
+        self.last_peer_id = block.stream;
+        if self.life != Life::Live {
+            return Ok(());
+        }
+        let refusal = if self.streams.len() >= self.config.max_streams as usize {
+            Some(Reason::REFUSED_STREAM)
+        } else {
+            (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)
+        };
+        if let Some(reason) = refusal {
+            self.temper.local_reset()?;
+            frame::put(&mut self.control, frame::RST_STREAM, 0, block.stream, &reason.0.to_be_bytes());
+            return Ok(());
+        }
+        if !fits {
+            // 431: the fields are larger than we take (RFC 6585 §5).
+            self.temper.local_reset()?;
+            let mut answer = Vec::new();
+            hpack::status(431, &mut answer);
+            frame::put(&mut self.control, frame::HEADERS, frame::END_HEADERS | frame::END_STREAM, block.stream, &answer);
+            frame::put(&mut self.control, frame::RST_STREAM, 0, block.stream, &Reason::NO_ERROR.0.to_be_bytes());
+            return Ok(());
+        }
+        let (abandoned, told) = oneshot::channel();
+        let mut stream = Stream::new(block.stream, Phase::Asked { _abandoned: abandoned }, self.peer.initial_window, INITIAL_WINDOW);
+        stream.received_end = block.end_stream;
+        self.streams.insert(stream);
+        let asked = Asked { id: block.stream, fields, told, inbox: self.inbox.clone() };
+        if let Side::Server(on_request) = &mut self.side {
+            on_request(asked);
+        }
+        Ok(())
+    }
+
+    fn response(&mut self, block: &HeaderBlock, fields: &Fields, fits: bool) -> Result<(), Reason> {
+        if self.is_idle(block.stream) {
+            return Err(Reason::PROTOCOL_ERROR);
+        }
+        let Some(slot) = self.streams.slot_of(block.stream) else { return self.temper.idle_frame() };
+        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
+        if !matches!(stream.phase, Phase::Asking(_)) {
+            return self.trailers(slot, block.end_stream);
+        }
+        let status = fields.status();
+        if let Some(100..=199) = status
+            && !block.end_stream
+        {
+            return self.temper.idle_frame();
+        }
+        let accepted = status == Some(200) && fits;
+        let Phase::Asking(answer) = std::mem::replace(&mut stream.phase, Phase::Open) else { return Ok(()) };
+        stream.received_end = block.end_stream;
+        if accepted {
+            let id = stream.id;
+            if answer.send(Answered::Open(id, ConnectResponse { baggage: fields.baggage() })).is_err() {
+                self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
+            }
+            return Ok(());
+        }
+        let error = status.map_or_else(|| Error::Tunnel("an answer without status".into()), Error::Status);
+        let _ = answer.send(Answered::Failed(error));
+        self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
+        Ok(())
+    }
+
+    /// Trailers say nothing to a tunnel but may end it (RFC 9113 §8.1); without END_STREAM they are malformed.
+    fn trailers(&mut self, slot: u32, end_stream: bool) -> Result<(), Reason> {
+        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
+        if stream.received_end {
+            return Err(Reason::STREAM_CLOSED);
+        }
+        if end_stream {
+            let id = stream.id;
+            self.end_of(id);
+            return Ok(());
+        }
+        self.temper.local_reset()?;
+        self.abandon(slot, Ended::Failed(std::io::Error::other("the peer sent trailers without an end")), Some(Reason::PROTOCOL_ERROR));
+        Ok(())
+    }
+
+    pub(super) fn goaway(&mut self, reason: Reason) {
+        let mut payload = self.last_peer_id.to_be_bytes().to_vec();
+        payload.extend_from_slice(&reason.0.to_be_bytes());
+        frame::put(&mut self.control, frame::GOAWAY, 0, 0, &payload);
+    }
+
+    /// Answers a KeyUpdate with our own (RFC 8446 §4.6.3).
+    pub(super) fn update_key(&mut self) {
+        self.seal_message(&[24, 0, 0, 1, 0], Content::Handshake);
+        if let Err(error) = self.sealer.update() {
+            self.close(Reason::NO_ERROR, Some(Error::Tunnel(error.to_string())));
+        }
+    }
+
+    pub(super) fn alert(&mut self, description: u8) {
+        self.seal_message(&[2, description], Content::Alert);
+    }
+
+    /// Puts a small record behind what is already sealed.
+    pub(super) fn seal_message(&mut self, message: &[u8], content: Content) {
+        let mut record = vec![0; Sealer::sealed_length(message.len())];
+        if let Some(room) = record.get_mut(5..5 + message.len()) {
+            room.copy_from_slice(message);
+        }
+        if self.sealer.seal(&mut record, content).is_ok() {
+            self.append_sealed(&record);
+        }
+    }
+}
+
+/// What a frame's head alone can show to be wrong.
+fn check_shape(head: Head) -> Result<(), Reason> {
+    let on_stream = head.stream != 0;
+    let (stream_ok, length_ok) = match head.kind {
+        frame::HEADERS | frame::CONTINUATION => (on_stream, true),
+        frame::PRIORITY => (on_stream, head.length == 5),
+        frame::RST_STREAM => (on_stream, head.length == 4),
+        frame::SETTINGS => (!on_stream, head.length % 6 == 0 && head.length <= 600 && (!head.has(frame::ACK) || head.length == 0)),
+        frame::PING => (!on_stream, head.length == 8),
+        frame::GOAWAY => (!on_stream, (8..=16_384).contains(&head.length)),
+        frame::WINDOW_UPDATE => (true, head.length == 4),
+        _ => (true, true),
+    };
+    match (stream_ok, length_ok) {
+        (false, _) => Err(Reason::PROTOCOL_ERROR),
+        (true, false) => Err(Reason::FRAME_SIZE_ERROR),
+        (true, true) => Ok(()),
+    }
+}
+
+/// Frames whose payload we look at; that of others is passed over.
+fn is_known(kind: u8) -> bool {
+    matches!(
+        kind,
+        frame::HEADERS | frame::CONTINUATION | frame::RST_STREAM | frame::SETTINGS | frame::PING | frame::GOAWAY | frame::WINDOW_UPDATE
+    )
+}

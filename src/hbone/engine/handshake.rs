@@ -1,0 +1,188 @@
+//! The TLS handshake by rustls, up to the point where it hands over its secrets. From then on rustls is gone: the record layer is ours.
+
+use std::io;
+
+use rustls::client::UnbufferedClientConnection;
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
+use rustls::{CipherSuite, ExtractedSecrets};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::super::Error;
+use super::{Early, Established};
+use crate::forward::record::{Direction, Opener, RecordError, Sealer, Suite};
+use crate::identity::{Credential, TrafficSecrets, capture_secrets};
+
+/// Octets of a handshake that may be unread by rustls: its own limit is 64 KiB, so this is reached by nothing that could succeed.
+const INCOMING_LIMIT: usize = 96 << 10;
+
+/// The two kinds of unbuffered connection have the same shape and no common trait.
+trait Handshaking {
+    type Data;
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+}
+
+impl Handshaking for UnbufferedClientConnection {
+    type Data = rustls::client::ClientConnectionData;
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+}
+
+impl Handshaking for UnbufferedServerConnection {
+    type Data = rustls::server::ServerConnectionData;
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+}
+
+/// Handshakes as the client; who answered is for the caller to check.
+pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
+    let address = socket.peer_addr().map_err(Error::Connect)?;
+    // The name is never sent (SNI is off) and never checked (the SPIFFE ID is): rustls only wants one.
+    let name = rustls::pki_types::ServerName::IpAddress(address.ip().into());
+    let mut connection = UnbufferedClientConnection::new(credential.client_config(), name).map_err(|error| tls(&error))?;
+    let (socket, secrets, input) = run(socket, &mut connection).await?;
+    check_protocol(connection.alpn_protocol())?;
+    let chain = connection.peer_certificates().unwrap_or_default().to_vec();
+    let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
+    let (opener, sealer) = directions(&extracted, &secrets.server, &secrets.client)?;
+    Ok(Established { socket, opener, sealer, chain, input })
+}
+
+/// Handshakes as the server; the configuration has verified the client.
+pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
+    let mut connection = UnbufferedServerConnection::new(credential.server_config()).map_err(|error| tls(&error))?;
+    let (socket, secrets, input) = run(socket, &mut connection).await?;
+    check_protocol(connection.alpn_protocol())?;
+    let chain = connection.peer_certificates().unwrap_or_default().to_vec();
+    let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
+    let (opener, sealer) = directions(&extracted, &secrets.client, &secrets.server)?;
+    Ok(Established { socket, opener, sealer, chain, input })
+}
+
+fn tls(error: &rustls::Error) -> Error {
+    Error::Tls(crate::identity::explain(error).to_string())
+}
+
+/// A peer that did not agree on `h2` speaks something else (RFC 9113 §3.2).
+fn check_protocol(protocol: Option<&[u8]>) -> Result<(), Error> {
+    if protocol == Some(b"h2") { Ok(()) } else { Err(Error::Tls("the peer does not speak h2 (ALPN)".into())) }
+}
+
+/// Our record layer in both directions. The counters are rustls' own: it may have opened or sealed records after the handshake.
+fn directions(extracted: &ExtractedSecrets, receive: &[u8], send: &[u8]) -> Result<(Opener, Sealer), Error> {
+    use rustls::ConnectionTrafficSecrets as Secrets;
+    let suite = match extracted.tx.1 {
+        Secrets::Aes128Gcm { .. } => Suite::Aes128Gcm,
+        Secrets::Aes256Gcm { .. } => Suite::Aes256Gcm,
+        _ => return Err(Error::Tls(format!("the cipher suite is not served: {:?}", CipherSuite::Unknown(0)))),
+    };
+    if receive.len() != suite.secret_length() || send.len() != suite.secret_length() {
+        return Err(Error::Tls("only TLS 1.3 is served".into()));
+    }
+    let broken = |error: RecordError| Error::Tls(error.to_string());
+    let opener = Opener::new(Direction { suite, secret: receive.to_vec(), sequence: extracted.rx.0 }).map_err(broken)?;
+    let sealer = Sealer::new(Direction { suite, secret: send.to_vec(), sequence: extracted.tx.0 }).map_err(broken)?;
+    Ok((opener, sealer))
+}
+
+/// What one turn of the handshake asks for.
+enum Next {
+    Again,
+    Read,
+    Write,
+    Done,
+    Fail(Error),
+}
+
+async fn run<C: Handshaking>(mut socket: TcpStream, connection: &mut C) -> Result<(TcpStream, TrafficSecrets, Early), Error> {
+    let mut secrets = TrafficSecrets::default();
+    let mut incoming = Vec::with_capacity(8 << 10);
+    let mut outgoing = Vec::new();
+    let mut plaintext = Vec::new();
+    loop {
+        let (next, discard) = capture_secrets(&mut secrets, || turn(connection, &mut incoming, (&mut outgoing, &mut plaintext)));
+        incoming.drain(..discard.min(incoming.len()));
+        match next {
+            Next::Again => {}
+            Next::Read => {
+                if incoming.len() > INCOMING_LIMIT {
+                    return Err(Error::Tls("the peer sends a handshake without end".into()));
+                }
+                if socket.read_buf(&mut incoming).await.map_err(|error| Error::Tls(error.to_string()))? == 0 {
+                    return Err(Error::Tls("the peer closed the connection during the handshake".into()));
+                }
+            }
+            Next::Write => {
+                socket.write_all(&outgoing).await.map_err(|error| Error::Tls(error.to_string()))?;
+                outgoing.clear();
+            }
+            Next::Done => return Ok((socket, secrets, Early { plaintext, records: incoming })),
+            Next::Fail(error) => {
+                // The alert tells the peer why; it may have hung up already.
+                let _ = flush_alert(&mut socket, connection, &mut outgoing).await;
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// One step of rustls' state machine.
+fn turn<C: Handshaking>(connection: &mut C, incoming: &mut [u8], (outgoing, plaintext): (&mut Vec<u8>, &mut Vec<u8>)) -> (Next, usize) {
+    let UnbufferedStatus { mut discard, state, .. } = connection.process(incoming);
+    let next = match state {
+        Ok(ConnectionState::EncodeTlsData(mut encode)) => {
+            let mut record = vec![0; 4096];
+            let written = match encode.encode(&mut record) {
+                Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) => {
+                    record.resize(required_size, 0);
+                    encode.encode(&mut record)
+                }
+                other => other,
+            };
+            match written {
+                Ok(count) => {
+                    outgoing.extend_from_slice(record.get(..count).unwrap_or_default());
+                    Next::Again
+                }
+                Err(error) => Next::Fail(Error::Tls(error.to_string())),
+            }
+        }
+        Ok(ConnectionState::TransmitTlsData(transmit)) => {
+            transmit.done();
+            Next::Write
+        }
+        Ok(ConnectionState::BlockedHandshake) => Next::Read,
+        Ok(ConnectionState::WriteTraffic(_)) => Next::Done,
+        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+            let mut next = Next::Again;
+            while let Some(record) = traffic.next_record() {
+                match record {
+                    Ok(record) => {
+                        discard += record.discard;
+                        plaintext.extend_from_slice(record.payload);
+                    }
+                    Err(error) => {
+                        next = Next::Fail(tls(&error));
+                        break;
+                    }
+                }
+            }
+            next
+        }
+        Ok(_) => Next::Fail(Error::Tls("the peer closed the connection during the handshake".into())),
+        Err(error) => Next::Fail(tls(&error)),
+    };
+    (next, discard)
+}
+
+/// After an error rustls has an alert to send.
+async fn flush_alert<C: Handshaking>(socket: &mut TcpStream, connection: &mut C, outgoing: &mut Vec<u8>) -> io::Result<()> {
+    let (next, _) = turn(connection, &mut [], (outgoing, &mut Vec::new()));
+    if matches!(next, Next::Again | Next::Write) && !outgoing.is_empty() {
+        socket.write_all(outgoing).await?;
+    }
+    Ok(())
+}

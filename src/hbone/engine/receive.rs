@@ -1,0 +1,301 @@
+//! The opening side: one read, records opened in place, frames walked, payload handed on in one vectored write per stream, at once and without
+//! waiting for whole frames.
+
+use std::ops::Range;
+use std::task::Context;
+
+use super::super::Error;
+use super::frame::{self, Head, Reason, Step};
+use super::stream::Phase;
+use super::tunnel::{Life, Tunnel};
+use super::{INITIAL_WINDOW, MAX_WINDOW};
+use crate::forward::record::{Content, Opened, RecordError};
+use crate::forward::slab::Slab;
+use crate::sys::stream_io;
+
+/// With more than this many octets of answers unsent, the peer is not read: it does not take what it asks for.
+const CONTROL_LIMIT: usize = 64 << 10;
+/// Post-handshake messages that may be buffered until they are whole.
+const POST_HANDSHAKE_LIMIT: usize = 16 << 10;
+
+impl Tunnel {
+    /// Reads and handles what the tunnel has; whether there was something.
+    pub(super) fn receive(&mut self, context: &mut Context<'_>) -> bool {
+        if matches!(self.life, Life::Closing(_)) || self.input.ended || self.control.len() > CONTROL_LIMIT {
+            return false;
+        }
+        // Early records may wait from the handshake.
+        let mut read = !self.input.range.is_empty() && self.frame.is_none() && self.input.range.start == 0;
+        loop {
+            if self.socket.poll_read_ready(context).is_pending() {
+                break;
+            }
+            let mut slab = self.input.slab.take().unwrap_or_else(Slab::take);
+            make_room(&mut slab, &mut self.input.range);
+            let outcome = stream_io::read(&self.socket, slab.get_mut(self.input.range.end..).unwrap_or_default());
+            self.input.slab = Some(slab);
+            match outcome {
+                Ok(0) => {
+                    self.ended();
+                    return true;
+                }
+                Ok(count) => {
+                    self.input.range.end += count;
+                    read = true;
+                    break;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    self.input.ended = true;
+                    self.close(Reason::NO_ERROR, Some(Error::Tunnel(format!("connection lost: {error}"))));
+                    return true;
+                }
+            }
+        }
+        if !read {
+            if self.input.range.is_empty() {
+                self.input.slab = None;
+            }
+            return false;
+        }
+        self.open_records();
+        true
+    }
+
+    /// The peer closed the connection.
+    fn ended(&mut self) {
+        self.input.ended = true;
+        let failure = (self.streams.len() > 0).then(|| Error::Tunnel("the peer closed the connection".into()));
+        self.close(Reason::NO_ERROR, failure);
+    }
+
+    fn open_records(&mut self) {
+        let Some(mut slab) = self.input.slab.take() else { return };
+        let mut at = self.input.range.start;
+        let end = self.input.range.end;
+        loop {
+            let outcome = match slab.get_mut(..end).map(|filled| self.opener.open(filled, at)) {
+                Some(Ok(Some(opened))) => {
+                    at = opened.end;
+                    self.take_record(&mut slab, opened)
+                }
+                Some(Ok(None)) | None => break,
+                Some(Err(error)) => Err(Broken::Record(error)),
+            };
+            if let Err(broken) = outcome {
+                self.flush_spans(&slab);
+                self.broken(broken);
+                break;
+            }
+            if matches!(self.life, Life::Closing(_)) {
+                break;
+            }
+        }
+        self.flush_spans(&slab);
+        self.input.range = at..end;
+        // An idle connection owns no buffer.
+        self.input.slab = if self.input.range.is_empty() { None } else { Some(slab) };
+        if self.input.slab.is_none() {
+            self.input.range = 0..0;
+        }
+    }
+
+    fn broken(&mut self, broken: Broken) {
+        match broken {
+            Broken::Record(error) => {
+                self.alert(error.alert());
+                self.close(Reason::NO_ERROR, Some(Error::Tunnel(error.to_string())));
+            }
+            Broken::Protocol(reason) => self.close(reason, Some(Error::Tunnel(format!("the peer broke the protocol: {reason}")))),
+            Broken::Closed => self.ended(),
+        }
+    }
+
+    fn take_record(&mut self, slab: &mut Slab, opened: Opened) -> Result<(), Broken> {
+        match opened.content {
+            Content::ApplicationData => self.walk(slab, opened.plaintext).map_err(Broken::Protocol),
+            Content::Alert => match slab.get(opened.plaintext) {
+                // close_notify, user_canceled (RFC 8446 §6.1)
+                Some([_, 0 | 90]) => Err(Broken::Closed),
+                _ => Err(Broken::Protocol(Reason::NO_ERROR)),
+            },
+            Content::Handshake => {
+                let message = slab.get(opened.plaintext).unwrap_or_default().to_vec();
+                self.take_post_handshake(&message)
+            }
+        }
+    }
+
+    /// KeyUpdate and NewSessionTicket (RFC 8446 §4.6).
+    fn take_post_handshake(&mut self, message: &[u8]) -> Result<(), Broken> {
+        const NEW_SESSION_TICKET: u8 = 4;
+        const KEY_UPDATE: u8 = 24;
+        self.temper.idle_frame().map_err(Broken::Protocol)?;
+        self.post_handshake.extend_from_slice(message);
+        while let Some([kind, high, middle, low]) = self.post_handshake.first_chunk::<4>().copied() {
+            let length = (usize::from(high) << 16) | (usize::from(middle) << 8) | usize::from(low);
+            if length > POST_HANDSHAKE_LIMIT {
+                return Err(Broken::Record(RecordError::Unexpected));
+            }
+            if self.post_handshake.len() < 4 + length {
+                return Ok(());
+            }
+            let body: Vec<u8> = self.post_handshake.drain(..4 + length).skip(4).collect();
+            match (kind, body.as_slice()) {
+                // We never resume a session.
+                (NEW_SESSION_TICKET, _) => {}
+                // Keys may change only between records (RFC 8446 §5.1).
+                (KEY_UPDATE, [asked @ (0 | 1)]) if self.post_handshake.is_empty() => {
+                    self.opener.update().map_err(Broken::Record)?;
+                    if *asked == 1 {
+                        self.update_key();
+                    }
+                }
+                _ => return Err(Broken::Record(RecordError::Unexpected)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Walks through plaintext.
+    pub(super) fn walk(&mut self, buffer: &mut [u8], range: Range<usize>) -> Result<(), Reason> {
+        let mut at = range.start;
+        if self.preface_left > 0 {
+            let from = frame::PREFACE.len() - self.preface_left;
+            let expected = frame::PREFACE.get(from..).unwrap_or_default();
+            let have = buffer.get(at..range.end).unwrap_or_default();
+            let count = expected.len().min(have.len());
+            if expected.get(..count) != have.get(..count) {
+                return Err(Reason::PROTOCOL_ERROR);
+            }
+            self.preface_left -= count;
+            at += count;
+        }
+        loop {
+            match self.walker.step(buffer, &mut at, range.end) {
+                Step::Head(head) => self.begin(buffer, head)?,
+                Step::Payload { range, left } => self.payload(buffer, range, left)?,
+                Step::Empty => return Ok(()),
+            }
+        }
+    }
+
+    /// A part of the payload of a DATA frame; padding is already gone.
+    pub(super) fn data(&mut self, buffer: &[u8], id: u32, range: Range<usize>) -> Result<(), Reason> {
+        self.temper.moved(range.len());
+        let Some(slot) = self.streams.slot_of(id) else {
+            // Of a stream that we reset: only its credit matters.
+            self.return_connection(range.len());
+            return Ok(());
+        };
+        if self.span_slot != slot && !self.spans.is_empty() {
+            self.flush_spans(buffer);
+        }
+        self.span_slot = slot;
+        self.spans.push(range);
+        Ok(())
+    }
+
+    /// Hands the collected spans to their application.
+    pub(super) fn flush_spans(&mut self, buffer: &[u8]) {
+        if self.spans.is_empty() {
+            return;
+        }
+        let spans = std::mem::take(&mut self.spans);
+        let slot = self.span_slot;
+        let total: usize = spans.iter().map(Range::len).sum();
+        if let Some(stream) = self.streams.at(slot) {
+            let outcome = stream.deliver(buffer, &spans);
+            self.took(slot, outcome);
+        } else {
+            self.return_connection(total);
+        }
+        self.spans = spans;
+        self.spans.clear();
+    }
+
+    /// The application took so many octets of a stream: the peer may send as many more. While it keeps up, its window grows.
+    pub(super) fn credit(&mut self, slot: u32, taken: usize) {
+        if taken == 0 {
+            return;
+        }
+        let taken = u32::try_from(taken).unwrap_or(u32::MAX);
+        self.owed += taken;
+        self.credit_connection();
+        let largest = self.config.stream_window.max(INITIAL_WINDOW);
+        let Some(stream) = self.streams.at(slot) else { return };
+        stream.owed += taken;
+        if stream.received_end || stream.owed < stream.target_window / 2 {
+            return;
+        }
+        let mut increment = stream.owed;
+        if stream.backlog.is_empty() && stream.target_window < largest {
+            let more = stream.target_window.min(largest - stream.target_window);
+            stream.target_window += more;
+            increment += more;
+        }
+        stream.owed = 0;
+        stream.receive_window += i64::from(increment);
+        let id = stream.id;
+        frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, id, &increment.to_be_bytes());
+    }
+
+    pub(super) fn return_connection(&mut self, octets: usize) {
+        self.owed += u32::try_from(octets).unwrap_or(u32::MAX);
+        self.credit_connection();
+    }
+
+    pub(super) fn credit_connection(&mut self) {
+        if self.owed >= self.config.connection_window / 2 {
+            let increment = std::mem::take(&mut self.owed);
+            self.receive_window += i64::from(increment);
+            frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &increment.to_be_bytes());
+        }
+    }
+
+    /// Flow control of an arriving DATA frame, padding included (RFC 9113 §6.9).
+    pub(super) fn account(&mut self, head: Head) -> Result<(), Reason> {
+        let length = i64::try_from(head.length).unwrap_or(MAX_WINDOW);
+        self.receive_window -= length;
+        if self.receive_window < 0 {
+            return Err(Reason::FLOW_CONTROL_ERROR);
+        }
+        if let Some(stream) = self.streams.slot_of(head.stream).and_then(|slot| self.streams.at(slot)) {
+            stream.receive_window -= length;
+            if stream.receive_window < 0 {
+                return Err(Reason::FLOW_CONTROL_ERROR);
+            }
+        }
+        Ok(())
+    }
+
+    /// END_STREAM of the peer.
+    pub(super) fn end_of(&mut self, id: u32) {
+        if let Some(slot) = self.streams.slot_of(id) {
+            if let Some(stream) = self.streams.at(slot) {
+                stream.received_end = true;
+                if matches!(stream.phase, Phase::Asking(_)) {
+                    return;
+                }
+            }
+            self.settle(slot);
+        }
+    }
+}
+
+/// Why reading stopped.
+enum Broken {
+    Record(RecordError),
+    Protocol(Reason),
+    Closed,
+}
+
+/// Moves a partial record to the front when the slab is half used, so that reads stay large and moves rare.
+fn make_room(slab: &mut Slab, range: &mut Range<usize>) {
+    if range.start >= range.end {
+        *range = 0..0;
+    } else if range.start > slab.len() / 2 || slab.len() - range.end < slab.len() / 4 {
+        slab.copy_within(range.clone(), 0);
+        *range = 0..range.len();
+    }
+}

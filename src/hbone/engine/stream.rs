@@ -1,0 +1,310 @@
+//! One stream: its windows, its application's socket, and what waits for that socket.
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+use super::super::stream::Role;
+use super::command::{Answered, Command};
+use super::ready::{Inbox, StreamWaker};
+use crate::forward::Ended;
+use crate::sys::stream_io;
+use crate::telemetry::Meter;
+
+/// The application's side of a stream.
+pub(super) struct Application {
+    pub(super) socket: TcpStream,
+    role: Role,
+    meter: Arc<Meter>,
+    done: Option<oneshot::Sender<Ended>>,
+    waker: Waker,
+    wake: Arc<StreamWaker<Command>>,
+}
+
+impl Application {
+    pub(super) fn new(socket: TcpStream, role: Role, meter: Arc<Meter>, done: oneshot::Sender<Ended>, wake: Arc<StreamWaker<Command>>) -> Self {
+        Self { socket, role, meter, done: Some(done), waker: Waker::from(wake.clone()), wake }
+    }
+
+    pub(super) fn count_to_peer(&self, bytes: usize) {
+        match self.role {
+            Role::Client => self.meter.received(bytes as u64),
+            Role::Server => self.meter.sent(bytes as u64),
+        }
+    }
+
+    fn count_from_peer(&self, bytes: usize) {
+        match self.role {
+            Role::Client => self.meter.sent(bytes as u64),
+            Role::Server => self.meter.received(bytes as u64),
+        }
+    }
+
+    pub(super) fn seen(&self) {
+        self.wake.seen();
+    }
+
+    /// Whether the socket may have something to read; if not, the stream is woken when it does.
+    pub(super) fn is_readable(&self) -> bool {
+        self.socket.poll_read_ready(&mut Context::from_waker(&self.waker)).is_ready()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.socket.poll_write_ready(&mut Context::from_waker(&self.waker)).is_ready()
+    }
+
+    /// Tells whoever waits how it ended.
+    pub(super) fn conclude(&mut self, ended: Ended) {
+        if let Some(done) = self.done.take() {
+            // Nobody may be waiting any more.
+            let _ = done.send(ended);
+        }
+    }
+}
+
+/// How far a stream has come.
+pub(super) enum Phase {
+    /// We asked, and wait for the answer.
+    Asking(oneshot::Sender<Answered>),
+    /// We were asked; the sender tells whoever decides that the peer gave up.
+    Asked { _abandoned: oneshot::Sender<()> },
+    /// Answered with 200, no application yet.
+    Open,
+    /// Moving bytes.
+    Relaying(Application),
+}
+
+/// One stream of a tunnel.
+pub(super) struct Stream {
+    pub(super) id: u32,
+    pub(super) phase: Phase,
+    /// Octets that the peer lets us send.
+    pub(super) send_window: i64,
+    /// Octets that the peer may still send.
+    pub(super) receive_window: i64,
+    /// Octets that the application took and the peer has no credit for yet.
+    pub(super) owed: u32,
+    /// The window that we want the peer to have; grows while the application keeps up.
+    pub(super) target_window: u32,
+    /// We sent END_STREAM, or may not send any more.
+    pub(super) sent_end: bool,
+    /// The peer sent END_STREAM.
+    pub(super) received_end: bool,
+    /// The application was told so.
+    pub(super) shut_down: bool,
+    /// It is in the queue of streams that may have something to send.
+    pub(super) queued: bool,
+    /// Received and not yet taken by the application.
+    pub(super) backlog: Backlog,
+}
+
+/// Bytes that the application has not taken yet. Empty, it owns no memory.
+#[derive(Default)]
+pub(super) struct Backlog {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+impl Backlog {
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len() - self.taken
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        if self.taken > 0 && self.taken >= self.bytes.len() / 2 {
+            self.bytes.drain(..self.taken);
+            self.taken = 0;
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    fn front(&self) -> &[u8] {
+        self.bytes.get(self.taken..).unwrap_or_default()
+    }
+
+    fn take(&mut self, count: usize) {
+        self.taken += count;
+        if self.is_empty() {
+            *self = Self::default();
+        }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.front()
+    }
+}
+
+impl Stream {
+    pub(super) fn new(id: u32, phase: Phase, send_window: i64, receive_window: u32) -> Self {
+        Self {
+            id,
+            phase,
+            send_window,
+            receive_window: i64::from(receive_window),
+            owed: 0,
+            target_window: receive_window,
+            sent_end: false,
+            received_end: false,
+            shut_down: false,
+            queued: false,
+            backlog: Backlog::default(),
+        }
+    }
+
+    pub(super) fn application(&mut self) -> Option<&mut Application> {
+        match &mut self.phase {
+            Phase::Relaying(application) => Some(application),
+            _ => None,
+        }
+    }
+
+    /// Gives the application the spans of `buffer`; what it does not take goes to the backlog. Returns how many octets it took.
+    pub(super) fn deliver(&mut self, buffer: &[u8], spans: &[Range<usize>]) -> io::Result<usize> {
+        let total: usize = spans.iter().map(Range::len).sum();
+        let mut taken = 0;
+        if self.backlog.is_empty()
+            && let Phase::Relaying(application) = &mut self.phase
+            && !self.shut_down
+        {
+            taken = write_spans(&application.socket, buffer, spans)?;
+            application.count_from_peer(taken);
+        }
+        if taken < total {
+            let mut skip = taken;
+            for span in spans {
+                let passed = skip.min(span.len());
+                skip -= passed;
+                self.backlog.push(buffer.get(span.start + passed..span.end).unwrap_or_default());
+            }
+            // Registers for the wake-up, or finds that the socket takes more by now.
+            taken += self.drain()?;
+        }
+        Ok(taken)
+    }
+
+    /// Writes the backlog as far as the application takes it; returns how many octets it took.
+    pub(super) fn drain(&mut self) -> io::Result<usize> {
+        let Phase::Relaying(application) = &mut self.phase else { return Ok(0) };
+        let mut taken = 0;
+        while !self.backlog.is_empty() && application.is_writable() {
+            match stream_io::write(&application.socket, self.backlog.front()) {
+                Ok(count) => {
+                    self.backlog.take(count);
+                    taken += count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        application.count_from_peer(taken);
+        Ok(taken)
+    }
+
+    /// Passes the peer's end on to the application once it has everything.
+    pub(super) fn pass_on_end(&mut self) -> io::Result<()> {
+        if !self.received_end || self.shut_down || !self.backlog.is_empty() {
+            return Ok(());
+        }
+        let Phase::Relaying(application) = &mut self.phase else { return Ok(()) };
+        self.shut_down = true;
+        match socket2::SockRef::from(&application.socket).shutdown(std::net::Shutdown::Write) {
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Both directions have ended and were passed on.
+    pub(super) fn is_finished(&self) -> bool {
+        self.sent_end && self.shut_down
+    }
+}
+
+/// At most this many pieces go into one write.
+const MAX_PIECES: usize = 64;
+
+fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>]) -> io::Result<usize> {
+    let mut written = 0;
+    for group in spans.chunks(MAX_PIECES) {
+        let mut pieces = [IoSlice::new(&[]); MAX_PIECES];
+        let mut asked = 0;
+        for (piece, span) in pieces.iter_mut().zip(group) {
+            let bytes = buffer.get(span.clone()).unwrap_or_default();
+            asked += bytes.len();
+            *piece = IoSlice::new(bytes);
+        }
+        let outcome = stream_io::write_vectored(socket, pieces.get(..group.len()).unwrap_or_default());
+        match outcome {
+            Ok(count) => {
+                written += count;
+                if count < asked {
+                    break;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(written)
+}
+
+/// All streams of a tunnel: slots that are used again, found by stream id.
+#[derive(Default)]
+pub(super) struct Streams {
+    slots: Vec<Option<Box<Stream>>>,
+    free: Vec<u32>,
+    by_id: std::collections::HashMap<u32, u32>,
+}
+
+impl Streams {
+    pub(super) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub(super) fn insert(&mut self, stream: Stream) -> u32 {
+        let id = stream.id;
+        let boxed = Some(Box::new(stream));
+        let slot = match self.free.pop() {
+            Some(slot) => {
+                if let Some(place) = self.slots.get_mut(slot as usize) {
+                    *place = boxed;
+                }
+                slot
+            }
+            None => {
+                self.slots.push(boxed);
+                u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
+            }
+        };
+        self.by_id.insert(id, slot);
+        slot
+    }
+
+    pub(super) fn slot_of(&self, id: u32) -> Option<u32> {
+        self.by_id.get(&id).copied()
+    }
+
+    pub(super) fn at(&mut self, slot: u32) -> Option<&mut Stream> {
+        self.slots.get_mut(slot as usize)?.as_deref_mut()
+    }
+
+    pub(super) fn remove(&mut self, slot: u32) -> Option<Box<Stream>> {
+        let stream = self.slots.get_mut(slot as usize)?.take()?;
+        self.by_id.remove(&stream.id);
+        self.free.push(slot);
+        Some(stream)
+    }
+
+    pub(super) fn slots(&self) -> Vec<u32> {
+        self.by_id.values().copied().collect()
+    }
+}
+
+pub(super) type Wakes = Arc<Inbox<Command>>;

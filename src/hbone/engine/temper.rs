@@ -1,0 +1,84 @@
+//! How much a peer may ask of us without moving bytes. Every kind of frame that costs us something and the peer nothing is counted; honest work
+//! gives the allowance back, and one that is used up ends the connection with ENHANCE_YOUR_CALM (reference, craft-and-trust §2.2, A3–A8).
+
+use super::frame::Reason;
+
+/// Streams that the peer opened and reset before we answered, in a row of less than that many answered ones: rapid reset (CVE-2023-44487).
+const PREMATURE_RESETS: u32 = 400;
+/// Streams that we reset because of the peer's errors: "made you reset" (CVE-2025-8671).
+const LOCAL_RESETS: u32 = 400;
+/// PING, SETTINGS, PRIORITY, unknown and empty frames since bytes last moved (CVE-2019-9512, -9515, -9518).
+const IDLE_FRAMES: u32 = 10_000;
+/// Octets of DATA that give one idle frame back.
+const OCTETS_PER_FRAME: usize = 1024;
+
+/// The allowances of one connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Temper {
+    premature: u32,
+    local: u32,
+    idle: u32,
+    moved: usize,
+}
+
+impl Temper {
+    pub(super) fn premature_reset(&mut self) -> Result<(), Reason> {
+        self.premature += 1;
+        within(self.premature, PREMATURE_RESETS)
+    }
+
+    pub(super) fn local_reset(&mut self) -> Result<(), Reason> {
+        self.local += 1;
+        within(self.local, LOCAL_RESETS)
+    }
+
+    pub(super) fn idle_frame(&mut self) -> Result<(), Reason> {
+        self.idle += 1;
+        within(self.idle, IDLE_FRAMES)
+    }
+
+    /// A request was answered before it was given up.
+    pub(super) fn answered(&mut self) {
+        self.premature = self.premature.saturating_sub(1);
+    }
+
+    /// So many octets of DATA came or went.
+    pub(super) fn moved(&mut self, octets: usize) {
+        if self.idle > 0 || self.local > 0 {
+            self.moved += octets;
+            let earned = u32::try_from(self.moved / OCTETS_PER_FRAME).unwrap_or(u32::MAX);
+            self.moved %= OCTETS_PER_FRAME;
+            self.idle = self.idle.saturating_sub(earned);
+            self.local = self.local.saturating_sub(earned / 64);
+        }
+    }
+}
+
+fn within(count: u32, limit: u32) -> Result<(), Reason> {
+    if count > limit { Err(Reason::ENHANCE_YOUR_CALM) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resets_before_the_answer_end_the_connection_and_answered_requests_give_the_allowance_back() {
+        let mut temper = Temper::default();
+        for _ in 0..10 * PREMATURE_RESETS {
+            assert_eq!(temper.premature_reset(), Ok(()));
+            temper.answered();
+        }
+        assert_eq!((0..=PREMATURE_RESETS).find_map(|_| temper.premature_reset().err()), Some(Reason::ENHANCE_YOUR_CALM));
+    }
+
+    #[test]
+    fn frames_without_bytes_are_limited_and_bytes_give_the_allowance_back() {
+        let mut temper = Temper::default();
+        for _ in 0..10 * IDLE_FRAMES {
+            assert_eq!(temper.idle_frame(), Ok(()));
+            temper.moved(OCTETS_PER_FRAME);
+        }
+        assert_eq!((0..=IDLE_FRAMES).find_map(|_| temper.idle_frame().err()), Some(Reason::ENHANCE_YOUR_CALM));
+    }
+}

@@ -1,0 +1,473 @@
+//! The task that owns a tunnel and the sockets of its streams. Nothing hops: it reads the tunnel, opens records in place, hands the payload to
+//! the applications with one vectored write, reads applications straight into the slots of the records to come, seals them in place and
+//! writes them with one call.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, Sleep};
+
+use super::super::{Config, Error};
+use super::command::{Answered, Attach, Command};
+use super::control::{Frame, HeaderBlock, PeerSettings};
+use super::frame::{self, Reason, Walker};
+use super::ready::{Inbox, StreamWaker};
+use super::stream::{Application, Phase, Stream, Streams, Wakes};
+use super::temper::Temper;
+use super::{Asked, Established, INITIAL_WINDOW};
+use crate::forward::Ended;
+use crate::forward::record::{Opener, Sealer};
+use crate::forward::slab::Slab;
+use crate::hbone::hpack::Decoder;
+
+/// Turns of the loop before the task lets others run.
+const TURNS: usize = 16;
+
+/// Which end of the tunnel we are.
+pub(super) enum Side {
+    /// We opened it.
+    Client,
+    /// The peer did; its requests go here.
+    Server(Box<dyn FnMut(Asked) + Send>),
+}
+
+/// Received bytes that are not yet walked through.
+#[derive(Default)]
+pub(super) struct Input {
+    pub(super) slab: Option<Slab>,
+    pub(super) range: Range<usize>,
+    pub(super) ended: bool,
+}
+
+/// Sealed bytes that are not yet written.
+#[derive(Default)]
+pub(super) struct Output {
+    pub(super) slab: Option<Slab>,
+    pub(super) range: Range<usize>,
+}
+
+/// Where the connection is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Life {
+    /// Serving.
+    Live,
+    /// GOAWAY was sent: running streams finish.
+    Draining,
+    /// Only what is already queued is still written, until then.
+    Closing(Instant),
+}
+
+/// One tunnel with all that belongs to it.
+pub(super) struct Tunnel {
+    pub(super) socket: TcpStream,
+    pub(super) side: Side,
+    pub(super) config: Arc<Config>,
+    pub(super) opener: Opener,
+    pub(super) sealer: Sealer,
+    pub(super) input: Input,
+    pub(super) output: Output,
+    /// Frames other than DATA that wait to be sealed.
+    pub(super) control: Vec<u8>,
+    pub(super) preface_left: usize,
+    pub(super) walker: Walker,
+    pub(super) frame: Option<Frame>,
+    pub(super) gathered: Vec<u8>,
+    pub(super) block: Option<HeaderBlock>,
+    pub(super) decoder: Decoder,
+    pub(super) peer: PeerSettings,
+    pub(super) send_window: i64,
+    pub(super) receive_window: i64,
+    /// Octets of connection credit that the peer is to get back.
+    pub(super) owed: u32,
+    pub(super) streams: Streams,
+    /// Streams whose application may have something to read.
+    pub(super) senders: VecDeque<u32>,
+    pub(super) waiting: VecDeque<(Vec<u8>, oneshot::Sender<Answered>)>,
+    pub(super) next_id: u32,
+    pub(super) last_peer_id: u32,
+    pub(super) temper: Temper,
+    pub(super) post_handshake: Vec<u8>,
+    pub(super) inbox: Wakes,
+    pub(super) spans: Vec<Range<usize>>,
+    pub(super) span_slot: u32,
+    pub(super) life: Life,
+    pub(super) released: bool,
+    pub(super) goaway_received: bool,
+    pub(super) failure: Option<Error>,
+    timer: Pin<Box<Sleep>>,
+    watch: Watch,
+    ready: Vec<u32>,
+    commands: VecDeque<Command>,
+}
+
+/// What the timer waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watch {
+    /// The peer's first SETTINGS.
+    Settings,
+    /// Time for the next PING.
+    Interval,
+    /// The answer to a PING.
+    Answer,
+}
+
+impl Tunnel {
+    pub(super) fn new(established: Established, side: Side, config: Arc<Config>) -> Result<Self, Error> {
+        let Established { socket, opener, sealer, input, .. } = established;
+        let (control, preface_left) = match side {
+            Side::Client => (frame::PREFACE.to_vec(), 0),
+            Side::Server(_) => (Vec::new(), frame::PREFACE.len()),
+        };
+        let timer = Box::pin(tokio::time::sleep(config.handshake_deadline));
+        let mut tunnel = Self {
+            socket,
+            config,
+            opener,
+            sealer,
+            input: Input::default(),
+            output: Output::default(),
+            control,
+            preface_left,
+            walker: Walker::default(),
+            frame: None,
+            gathered: Vec::new(),
+            block: None,
+            decoder: Decoder::default(),
+            peer: PeerSettings::default(),
+            send_window: i64::from(frame::DEFAULT_WINDOW),
+            receive_window: i64::from(frame::DEFAULT_WINDOW),
+            owed: 0,
+            streams: Streams::default(),
+            senders: VecDeque::new(),
+            waiting: VecDeque::new(),
+            next_id: 1,
+            last_peer_id: 0,
+            temper: Temper::default(),
+            post_handshake: Vec::new(),
+            inbox: Inbox::new(),
+            spans: Vec::new(),
+            span_slot: 0,
+            life: Life::Live,
+            released: false,
+            goaway_received: false,
+            failure: None,
+            timer,
+            watch: Watch::Settings,
+            ready: Vec::new(),
+            commands: VecDeque::new(),
+            side,
+        };
+        tunnel.greet();
+        tunnel.take_early(&input.plaintext, &input.records)?;
+        Ok(tunnel)
+    }
+
+    /// What arrived together with the end of the handshake.
+    fn take_early(&mut self, plaintext: &[u8], records: &[u8]) -> Result<(), Error> {
+        if !plaintext.is_empty() {
+            let mut early = plaintext.to_vec();
+            let walked = self.walk(&mut early, 0..plaintext.len());
+            self.flush_spans(&early);
+            walked.map_err(|reason| Error::Handshake(format!("the peer's first frames: {reason}")))?;
+        }
+        if !records.is_empty() {
+            let mut slab = Slab::take();
+            let room = slab.get_mut(..records.len()).ok_or_else(|| Error::Handshake("more early data than a slab holds".into()))?;
+            room.copy_from_slice(records);
+            self.input.slab = Some(slab);
+            self.input.range = 0..records.len();
+        }
+        Ok(())
+    }
+
+    pub(super) fn inbox(&self) -> &Wakes {
+        &self.inbox
+    }
+
+    /// Takes commands and wake-ups; whether there were any.
+    fn attend(&mut self, context: &Context<'_>) -> bool {
+        let (mut ready, mut commands) = (std::mem::take(&mut self.ready), std::mem::take(&mut self.commands));
+        let any = self.inbox.take(&mut ready, &mut commands, context.waker());
+        for slot in ready.drain(..) {
+            self.woken(slot);
+        }
+        for command in commands.drain(..) {
+            self.obey(command);
+        }
+        (self.ready, self.commands) = (ready, commands);
+        any
+    }
+
+    /// The socket of a stream became ready.
+    fn woken(&mut self, slot: u32) {
+        let Some(stream) = self.streams.at(slot) else { return };
+        if let Some(application) = stream.application() {
+            application.seen();
+        }
+        if !stream.backlog.is_empty() {
+            let drained = stream.drain();
+            self.took(slot, drained);
+        }
+        self.enqueue(slot);
+    }
+
+    /// Puts a stream into the queue of those that may have something to send.
+    pub(super) fn enqueue(&mut self, slot: u32) {
+        if let Some(stream) = self.streams.at(slot)
+            && !stream.queued
+            && !stream.sent_end
+            && stream.send_window > 0
+            && stream.application().is_some()
+        {
+            stream.queued = true;
+            self.senders.push_back(slot);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Open { block, answer } => self.waiting.push_back((block, answer)),
+            Command::Answer { id, block, end } => self.answer(id, &block, end),
+            Command::Attach(attach) => self.attach(*attach),
+            Command::Reset { id, reason } => {
+                if let Some(slot) = self.streams.slot_of(id) {
+                    self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), Some(reason));
+                }
+            }
+            Command::Drain => self.drain(),
+            Command::Release => self.released = true,
+            Command::Abort => self.close(Reason::NO_ERROR, None),
+        }
+        self.open_waiting();
+    }
+
+    /// Opens what waits, as far as the peer's limit allows.
+    pub(super) fn open_waiting(&mut self) {
+        while let Some((block, answer)) = self.waiting.pop_front() {
+            if answer.is_closed() {
+                continue;
+            }
+            if self.life != Life::Live || self.goaway_received || self.next_id > 0x7fff_fff0 {
+                let _ = answer.send(Answered::Unused(Error::Tunnel("the tunnel takes no more streams".into())));
+                continue;
+            }
+            if self.streams.len() >= self.peer.max_streams as usize {
+                self.waiting.push_front((block, answer));
+                return;
+            }
+            let id = self.next_id;
+            self.next_id += 2;
+            frame::put(&mut self.control, frame::HEADERS, frame::END_HEADERS, id, &block);
+            self.streams.insert(Stream::new(id, Phase::Asking(answer), self.peer.initial_window, INITIAL_WINDOW));
+        }
+    }
+
+    fn answer(&mut self, id: u32, block: &[u8], end: bool) {
+        let Some(slot) = self.streams.slot_of(id) else { return };
+        let Some(stream) = self.streams.at(slot) else { return };
+        if !matches!(stream.phase, Phase::Asked { .. }) {
+            return;
+        }
+        stream.phase = Phase::Open;
+        self.temper.answered();
+        let flags = if end { frame::END_HEADERS | frame::END_STREAM } else { frame::END_HEADERS };
+        frame::put(&mut self.control, frame::HEADERS, flags, id, block);
+        if end {
+            let received_end = self.streams.at(slot).is_some_and(|stream| stream.received_end);
+            if !received_end {
+                // The peer need not send what nobody reads (RFC 9113 §8.1).
+                frame::put(&mut self.control, frame::RST_STREAM, 0, id, &Reason::NO_ERROR.0.to_be_bytes());
+            }
+            self.forget(slot);
+        }
+    }
+
+    fn attach(&mut self, attach: Attach) {
+        let Attach { id, socket, role, meter, done } = attach;
+        let Some(slot) = self.streams.slot_of(id) else {
+            // The peer reset it in the meantime.
+            let _ = crate::sys::socket::reset_on_close(&socket);
+            let _ = done.send(Ended::Disconnected(io::ErrorKind::ConnectionReset.into()));
+            return;
+        };
+        let wake = StreamWaker::new(&self.inbox, slot);
+        if let Some(stream) = self.streams.at(slot) {
+            stream.phase = Phase::Relaying(Application::new(socket, role, meter, done, wake));
+            let drained = stream.drain();
+            self.took(slot, drained);
+            self.enqueue(slot);
+        }
+    }
+
+    /// The application took so many octets, or failed.
+    pub(super) fn took(&mut self, slot: u32, outcome: io::Result<usize>) {
+        match outcome {
+            Ok(taken) => {
+                self.credit(slot, taken);
+                self.settle(slot);
+            }
+            Err(error) => self.abandon(slot, Ended::from_error(error), Some(Reason::CANCEL)),
+        }
+    }
+
+    /// Passes an end on, and removes the stream when both directions are over.
+    pub(super) fn settle(&mut self, slot: u32) {
+        let Some(stream) = self.streams.at(slot) else { return };
+        if let Err(error) = stream.pass_on_end() {
+            return self.abandon(slot, Ended::from_error(error), Some(Reason::CANCEL));
+        }
+        if stream.is_finished() {
+            if let Some(application) = stream.application() {
+                application.conclude(Ended::Finished);
+            }
+            self.forget(slot);
+        }
+    }
+
+    /// Ends a stream before its time: the application gets a reset, the peer too if `reason` says so.
+    pub(super) fn abandon(&mut self, slot: u32, ended: Ended, reason: Option<Reason>) {
+        let Some(mut stream) = self.streams.remove(slot) else { return };
+        if let Some(reason) = reason {
+            frame::put(&mut self.control, frame::RST_STREAM, 0, stream.id, &reason.0.to_be_bytes());
+        }
+        self.release_backlog(&stream);
+        if let Phase::Relaying(application) = &mut stream.phase {
+            let _ = crate::sys::socket::reset_on_close(&application.socket);
+            application.conclude(ended);
+        }
+        self.open_waiting();
+    }
+
+    fn forget(&mut self, slot: u32) {
+        if let Some(stream) = self.streams.remove(slot) {
+            self.release_backlog(&stream);
+        }
+        self.open_waiting();
+    }
+
+    fn release_backlog(&mut self, stream: &Stream) {
+        self.owed += u32::try_from(stream.backlog.len()).unwrap_or(u32::MAX);
+        self.credit_connection();
+    }
+
+    /// No new streams; those that run may finish.
+    fn drain(&mut self) {
+        if self.life == Life::Live {
+            self.life = Life::Draining;
+            self.goaway(Reason::NO_ERROR);
+        }
+    }
+
+    /// The end of the connection: says why, writes what it can, and lets go of every stream.
+    pub(super) fn close(&mut self, reason: Reason, failure: Option<Error>) {
+        if matches!(self.life, Life::Closing(_)) {
+            return;
+        }
+        self.goaway(reason);
+        self.life = Life::Closing(Instant::now() + super::LINGER);
+        self.timer.as_mut().reset(Instant::now() + super::LINGER);
+        self.failure = failure;
+        for slot in self.streams.slots() {
+            self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), None);
+        }
+        self.waiting.clear();
+        self.inbox.close();
+    }
+
+    /// Watches the clock; whether it did something.
+    fn watch_clock(&mut self, context: &mut Context<'_>) -> bool {
+        if self.timer.as_mut().poll(context).is_pending() {
+            return false;
+        }
+        let next = match self.watch {
+            _ if matches!(self.life, Life::Closing(_)) => {
+                // Nobody reads what is left.
+                self.output.range = 0..0;
+                self.control.clear();
+                return true;
+            }
+            Watch::Settings if !self.peer.known => {
+                self.close(Reason::PROTOCOL_ERROR, Some(Error::HandshakeDeadline(self.config.handshake_deadline)));
+                return true;
+            }
+            Watch::Settings => {
+                self.watch = Watch::Interval;
+                self.config.ping_interval
+            }
+            Watch::Interval => {
+                frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
+                self.watch = Watch::Answer;
+                self.config.ping_timeout
+            }
+            Watch::Answer => {
+                self.close(Reason::NO_ERROR, Some(Error::PingTimeout(self.config.ping_timeout)));
+                return true;
+            }
+        };
+        self.timer.as_mut().reset(Instant::now() + next);
+        true
+    }
+
+    /// The peer answered a PING.
+    pub(super) fn answered_ping(&mut self) {
+        if self.watch == Watch::Answer {
+            self.watch = Watch::Interval;
+            self.timer.as_mut().reset(Instant::now() + self.config.ping_interval);
+        }
+    }
+
+    /// Whether nothing is left to do.
+    fn is_over(&mut self) -> bool {
+        let silent = self.output.range.is_empty() && self.control.is_empty();
+        match self.life {
+            Life::Closing(_) => silent,
+            Life::Draining if self.streams.len() == 0 => {
+                self.close(Reason::NO_ERROR, None);
+                false
+            }
+            Life::Live if (self.released || self.goaway_received) && self.streams.len() == 0 && self.waiting.is_empty() => {
+                self.close(Reason::NO_ERROR, None);
+                false
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.inbox.close();
+        for slot in self.streams.slots() {
+            self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), None);
+        }
+    }
+}
+
+impl Future for Tunnel {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let tunnel = &mut *self;
+        for _ in 0..TURNS {
+            let mut busy = tunnel.attend(context);
+            busy |= tunnel.receive(context);
+            busy |= tunnel.transmit(context);
+            if tunnel.is_over() {
+                return Poll::Ready(tunnel.failure.take().map_or(Ok(()), Err));
+            }
+            busy |= tunnel.watch_clock(context);
+            if !busy {
+                return Poll::Pending;
+            }
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

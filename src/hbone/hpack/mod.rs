@@ -1,0 +1,14 @@
+//! HPACK, header compression for HTTP/2 (RFC 7541), as far as CONNECT needs it: a complete decoder, and an encoder that keeps no state.
+
+mod decode;
+mod encode;
+mod huffman;
+mod tables;
+
+pub use decode::Decoder;
+#[cfg(test)]
+use decode::HpackError;
+pub use encode::{header, status};
+
+#[cfg(test)]
+mod tests;
