@@ -165,12 +165,12 @@ fn raw_output() -> Vec<Rule> {
 
 /// Row 4.
 fn mangle_prerouting() -> Vec<Rule> {
-    vec![(format!("{OURS} counter ct mark set ct mark & 0xfffff000 | 0x111"), "remember connections from the proxy, here with a borrowed source")]
+    vec![(format!("{OURS} counter ct mark set ct mark & 0xfffff000 | 0x111"), "remember connections from the proxy")]
 }
 
 /// Row 5.
 fn mangle_output() -> Vec<Rule> {
-    vec![("ct mark & 0xfff == 0x111 counter meta mark set ct mark".into(), "answers go to the proxy: rule and table 100")]
+    vec![("ct mark & 0xfff == 0x111 counter meta mark set ct mark".into(), "answers to the proxy: the route of table 100")]
 }
 
 /// Rows 1 to 3.
@@ -203,7 +203,7 @@ fn nat_output(config: &RulesConfig) -> Vec<Rule> {
             rules.push((format!("{ip} daddr != {loopback} tcp dport 53 {NOT_OURS} counter redirect to :15053"), "DNS over TCP"));
         }
     }
-    rules.push((format!("{TCP} meta mark & 0xfff == 0x111 counter accept"), "answers that go to the proxy"));
+    rules.push((format!("{TCP} meta mark & 0xfff == 0x111 counter accept"), "answers to the proxy"));
     for (ip, loopback, _) in families(config) {
         rules.push((format!("oifname \"lo\" {ip} daddr != {loopback} counter accept"), "the pod calls itself"));
     }
