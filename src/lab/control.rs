@@ -7,10 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::sys::process::listening_process;
 
 /// Applying a definition may start pods; everything else is answered at once.
 const ANSWER_WITHIN: Duration = Duration::from_secs(120);
@@ -208,7 +208,7 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Status, Error> {
     let failed = |what: &str| format!("cannot {what} the lab's supervisor at {}", socket.display());
     let mut stream = UnixStream::connect(socket).map_err(Error::failed(failed("reach")))?;
     // The kernel translates the listener's process id into ours, which nobody inside the lab could tell.
-    let supervisor = getsockopt(&stream, PeerCredentials).map_err(Error::failed(failed("identify")))?.pid();
+    let supervisor = listening_process(&stream).map_err(Error::failed(failed("identify")))?;
     stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(Error::failed(failed("reach")))?;
     let mut line = serde_json::to_string(request).map_err(Error::failed(failed("ask")))?;
     line.push('\n');

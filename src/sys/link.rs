@@ -230,3 +230,9 @@ fn octets(ip: IpAddr) -> Vec<u8> {
         IpAddr::V6(v6) => v6.octets().to_vec(),
     }
 }
+
+/// Whether an error of [`Links`] means that there is no link of that name.
+#[must_use]
+pub fn is_no_such_link(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENODEV)
+}

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +16,7 @@ use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getegid, geteuid};
 
@@ -152,6 +154,14 @@ pub fn start_inside(command: &mut Command, network: Arc<OwnedFd>, mounts: Option
     unsafe { command.pre_exec(inside) };
 }
 
+/// Ends every process of a group: SIGTERM if `gently`, else SIGKILL.
+///
+/// # Errors
+/// `ESRCH` when there is no such group.
+pub fn end_group(leader: i32, gently: bool) -> io::Result<()> {
+    Ok(nix::sys::signal::killpg(Pid::from_raw(leader), if gently { Signal::SIGTERM } else { Signal::SIGKILL })?)
+}
+
 /// Makes a command be killed when the thread that starts it ends.
 pub fn die_with_parent(command: &mut Command) {
     // SAFETY: one system call (prctl) between fork and exec.
@@ -282,6 +292,22 @@ pub fn start_time(pid: i32) -> io::Result<u64> {
     let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let field = rest.split_whitespace().nth(19).and_then(|word| word.parse().ok());
     field.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+}
+
+/// Leaves the terminal and its process group: no Ctrl-C reaches this process any more.
+///
+/// # Errors
+/// `EPERM` when it leads a process group.
+pub fn leave_terminal() -> io::Result<()> {
+    Ok(nix::unistd::setsid().map(drop)?)
+}
+
+/// The process that listens at the other end of a connected socket, by its id as this process sees it.
+///
+/// # Errors
+/// Those of `getsockopt(2)`.
+pub fn listening_process(stream: &UnixStream) -> io::Result<i32> {
+    Ok(getsockopt(stream, PeerCredentials)?.pid())
 }
 
 /// The effective user id of this process.
