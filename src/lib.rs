@@ -6,19 +6,50 @@
 //!
 //! This file is the map of the house. A room may use only rooms above it (`tests/layers.rs` enforces the exact table).
 
-pub mod admin;
-pub mod cli;
-pub mod discovery;
-pub mod forward;
-pub mod hbone;
-pub mod identity;
-pub mod lab;
-pub mod lifecycle;
+// Words: ids, addresses, workloads, services, SPIFFE names, the immutable snapshot.
 pub mod model;
-pub mod node;
-pub mod pods;
+
+// Decisions: compiled rules + facts of a connection → verdict with its reason.
 pub mod policy;
-pub mod proxy;
-pub mod sys;
-pub mod telemetry;
+
+// Every protobuf message, hand-written.
 pub mod wire;
+
+// Tasks: shutdown, drain, supervision, backoff, permits, clock.
+pub mod lifecycle;
+
+// What happened: metrics, access log, rate-limited log.
+pub mod telemetry;
+
+// The kernel: all `unsafe`; namespaces, socket options, nft, routes, packets with descriptors.
+pub mod sys;
+
+// Bytes: relays between sockets.
+pub mod forward;
+
+// Who: certificates and their renewal, peer verification.
+pub mod identity;
+
+// Where: the sources of the mesh's state → snapshot.
+pub mod discovery;
+
+// The tunnel: dial, accept, pool, CONNECT, keepalive, limits.
+pub mod hbone;
+
+// Which pods are ours: ZDS client, per-pod listeners.
+pub mod pods;
+
+// One connection from accept to close: outbound, inbound, plaintext.
+pub mod proxy;
+
+// In-pod capture rules and the ZDS server.
+pub mod node;
+
+// Readiness, metrics page, config dump, log level.
+pub mod admin;
+
+// The mesh in a box.
+pub mod lab;
+
+// The front door.
+pub mod cli;

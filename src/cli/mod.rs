@@ -1,6 +1,45 @@
-//! The front door: every subcommand, flag and environment variable. Nothing else in the house reads the environment.
+//! The front door: every subcommand, flag and environment variable. Nothing else in the house reads the environment, and nothing here does
+//! more than read, check and hand over.
+//! Main types: [`Cli`], one `Args` per subcommand.
 
-/// Runs the command line and returns the process's exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+mod duration;
+mod lab;
+mod proxy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// An ambient-mode mesh data plane: one L4 proxy per node, HBONE tunnels, zero-copy forwarding.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", version, about, disable_help_subcommand = false)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The node's data plane. Every setting is a flag and an environment variable.
+    Proxy(Box<proxy::Args>),
+    /// A mesh in a box: nodes and pods as network namespaces on this machine, real proxies, no cluster.
+    Lab(lab::Args),
+    /// The version and what it was built with.
+    Version,
+}
+
+/// Runs the command line and returns the process's exit code: 0 for success, 1 for a failure, 2 for a wrong command line.
+pub fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Proxy(args) => proxy::run(&args),
+        Command::Lab(args) => lab::run(args),
+        Command::Version => {
+            println!("culvert {}", env!("CARGO_PKG_VERSION"));
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("culvert: {error:#}");
+        ExitCode::FAILURE
+    })
 }

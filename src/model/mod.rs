@@ -3,6 +3,7 @@
 //! Main types: [`Workload`], [`Service`], [`SpiffeId`], [`Snapshot`].
 
 mod address;
+mod baggage;
 mod service;
 mod snapshot;
 mod spiffe;
@@ -10,11 +11,12 @@ mod text;
 mod workload;
 
 pub use address::{Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
+pub use baggage::Baggage;
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,
     Visibility, WeightedWaypoint,
 };
-pub use snapshot::{Endpoint, Located, Snapshot, SnapshotBuilder};
+pub use snapshot::{Located, Snapshot, SnapshotBuilder};
 pub use spiffe::{SpiffeError, SpiffeId};
 pub use text::Text;
 pub use workload::{ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind};

@@ -1,17 +1,31 @@
 //! The immutable snapshot of the mesh and its look-ups.
+//!
+//! All tables are persistent trees over hashes (see `index`): a reader holds a pointer and never locks, an edit copies the
+//! few nodes on its path. A row is stored once and every table points at it.
 
+mod builder;
+mod index;
+mod intern;
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::hash::BuildHasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::{NamespacedHostname, PortMap, Service, Text, Workload};
+use foldhash::fast::RandomState;
+use imbl::OrdMap;
+use ipnet::IpNet;
+
+pub use self::builder::SnapshotBuilder;
+use self::index::Index;
+use self::intern::Interner;
+use super::{HealthStatus, NamespacedHostname, PortMap, Service, Text, TunnelProtocol, Visibility, Workload, canonical};
 
 /// Everything known about workloads and services at one moment. Cheap to clone; never changes.
-#[derive(Debug, Clone, Default)]
-pub struct Snapshot {}
-
-/// Makes the next [`Snapshot`] from the last one, sharing all that did not change.
-#[derive(Debug, Clone, Default)]
-pub struct SnapshotBuilder {}
+#[derive(Clone, Default)]
+pub struct Snapshot(Arc<Tables>);
 
 /// What an address names.
 #[derive(Debug, Clone)]
@@ -22,113 +36,239 @@ pub enum Located {
     Service(Arc<Service>),
 }
 
-/// A workload as an endpoint of one service.
-#[derive(Debug, Clone)]
-pub struct Endpoint {
-    /// The workload's uid.
-    pub workload: Text,
-    /// This endpoint's own service port to target port.
-    pub ports: PortMap,
+/// The rows and the ways to them. Keys are seeded hashes, so every reader compares the row that it finds.
+#[derive(Clone, Default)]
+struct Tables {
+    seed: RandomState,
+    local_node: Option<Text>,
+    /// By uid.
+    workloads: Index<Arc<Workload>>,
+    /// By network and address, without host-network workloads.
+    by_address: Index<Arc<Workload>>,
+    /// By namespace and host name, where there is one.
+    by_hostname: Index<Arc<Workload>>,
+    /// Workloads of the local node by namespace and name.
+    local: Index<Arc<Workload>>,
+    /// Workloads by (service key, uid), whether or not the service is known: staging needs no second table.
+    members: Index<Arc<Workload>>,
+    /// By namespace and host name.
+    services: Index<Arc<Service>>,
+    /// By host name, one per namespace.
+    service_hosts: Index<Arc<Service>>,
+    /// By network and exact address.
+    vips: Index<Arc<Service>>,
+    /// By network and prefix.
+    ranges: Index<Arc<Service>>,
+    /// Which prefix lengths occur in `ranges` (IPv6?, length), and how often.
+    range_lengths: OrdMap<(bool, u8), u32>,
+    interner: Interner,
 }
 
-#[allow(unused)]
 impl Snapshot {
-    /// Continues from this snapshot.
-    #[must_use]
-    pub fn edit(&self) -> SnapshotBuilder {
-        todo!()
-    }
-
     /// A workload by its uid.
     #[must_use]
     pub fn workload(&self, uid: &str) -> Option<Arc<Workload>> {
-        todo!()
+        self.0.workload(uid).cloned()
     }
 
-    /// The workload that owns an address, by the conflict ranking of the reference (dataplane §3.1).
+    /// The workload that owns an address. Addresses may overlap; a pod that takes HBONE wins over a pod, over another that
+    /// takes HBONE, over the rest (reference, dataplane §3.1), then the lowest uid.
     #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<Arc<Workload>> {
-        todo!()
+        let wanted = bits(ip);
+        let rows = self.0.by_address.rows(self.0.hash_address(network, wanted));
+        let claims = |workload: &Workload| workload.addresses.iter().any(|own| bits(*own) == wanted);
+        let owners = rows.filter(|workload| claims(workload) && workload.profile.network == *network);
+        owners.reduce(|best, other| if address_rank(other) > address_rank(best) { other } else { best }).cloned()
     }
 
     /// The workload of a pod: (name, namespace, service account) on the local node.
     #[must_use]
     pub fn local_workload(&self, name: &str, namespace: &str, service_account: &str) -> Option<Arc<Workload>> {
-        todo!()
+        let rows = self.0.local.rows(self.0.hash_pair(namespace, name));
+        let ours = |workload: &&Arc<Workload>| {
+            let profile = &workload.profile;
+            workload.name == *name && profile.namespace == *namespace && profile.service_account == *service_account
+        };
+        rows.filter(ours).min_by_key(|workload| &workload.uid).cloned()
+    }
+
+    /// All workloads of the local node, in no order.
+    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> + '_ {
+        self.0.local.iter()
     }
 
     /// A service by its key.
     #[must_use]
     pub fn service(&self, key: &NamespacedHostname) -> Option<Arc<Service>> {
-        todo!()
+        self.0.service(&key.namespace, &key.hostname).cloned()
     }
 
-    /// The best service of a virtual address for a client namespace (reference, dataplane §3.2).
+    /// The best service of a virtual address for a client namespace (reference, dataplane §3.2): of those with exactly this
+    /// address that the client may see, else of those with a range that contains it. Where the reference takes whichever
+    /// it saw first, the first name in order wins, so that all proxies agree.
     #[must_use]
     pub fn service_by_address(&self, network: &str, ip: IpAddr, client_namespace: Option<&str>) -> Option<Arc<Service>> {
-        todo!()
+        let wanted = bits(ip);
+        let exact = self.0.vips.rows(self.0.hash_address(network, wanted));
+        let exact = exact.filter(|service| service.vips.iter().any(|vip| bits(vip.ip) == wanted && vip.network == *network));
+        if let Some(service) = best(exact.map(|service| (0, service)), client_namespace) {
+            return Some(service);
+        }
+        if self.0.ranges.is_empty() {
+            return None;
+        }
+        let ip = canonical(ip);
+        let lengths = self.0.range_lengths.keys().filter(|(v6, _)| *v6 == ip.is_ipv6());
+        let prefixes = lengths.filter_map(|(_, length)| IpNet::new(ip, *length).ok()).map(|prefix| prefix.trunc());
+        let containing = prefixes.flat_map(|prefix| {
+            let rows = self.0.ranges.rows(self.0.hash_prefix(network, prefix));
+            rows.filter(move |service| service.cidr_vips.iter().any(|(on, range)| *range == prefix && *on == *network))
+                .map(move |service| (prefix.prefix_len(), service))
+        });
+        best(containing, client_namespace)
     }
 
-    /// The best service of a host name for a client namespace.
+    /// The best service of a host name for a client namespace, by the rules of [`Snapshot::service_by_address`].
     #[must_use]
     pub fn service_by_hostname(&self, hostname: &str, client_namespace: Option<&str>) -> Option<Arc<Service>> {
-        todo!()
+        best(self.services_by_hostname(hostname).map(|service| (0, service)), client_namespace)
+    }
+
+    /// Every service of a host name, at most one per namespace, in no order.
+    pub fn services_by_hostname<'a>(&'a self, hostname: &'a str) -> impl Iterator<Item = &'a Arc<Service>> {
+        self.0.service_hosts.rows(self.0.hash(hostname)).filter(move |service| service.hostname == *hostname)
     }
 
     /// A workload by namespace and host name.
     #[must_use]
     pub fn workload_by_hostname(&self, key: &NamespacedHostname) -> Option<Arc<Workload>> {
-        todo!()
+        let rows = self.0.by_hostname.rows(self.0.hash_pair(&key.namespace, &key.hostname));
+        let named = |workload: &&Arc<Workload>| workload.hostname == key.hostname && workload.profile.namespace == key.namespace;
+        rows.filter(named).min_by_key(|workload| &workload.uid).cloned()
     }
 
     /// Step 2 of routing: a workload by address first, else the best service.
     #[must_use]
     pub fn locate(&self, network: &str, ip: IpAddr, client_namespace: Option<&str>) -> Option<Located> {
-        todo!()
+        let workload = self.workload_by_address(network, ip).map(Located::Workload);
+        workload.or_else(|| self.service_by_address(network, ip, client_namespace).map(Located::Service))
     }
 
-    /// The endpoints of a service, filtered by its health policy.
-    pub fn endpoints(&self, service: &NamespacedHostname) -> impl Iterator<Item = (Arc<Workload>, &PortMap)> + '_ {
-        std::iter::empty()
+    /// The endpoints of a service by its key, filtered by its health policy; none while the service is not known.
+    pub fn endpoints<'a>(&'a self, key: &NamespacedHostname) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + use<'a> {
+        let service = self.0.service(&key.namespace, &key.hostname);
+        service.into_iter().flat_map(|service| self.endpoints_of(service))
+    }
+
+    /// The endpoints of a service, filtered by its health policy, each with its own service port to target port.
+    pub fn endpoints_of<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + use<'a> {
+        let all = service.allows_unhealthy();
+        let key = self.0.hash_pair(&service.namespace, &service.hostname);
+        self.0.members.under(key).filter_map(move |workload| {
+            let backed = |(key, _): &&(NamespacedHostname, PortMap)| key.hostname == service.hostname && key.namespace == service.namespace;
+            let (_, ports) = workload.profile.services.iter().find(backed)?;
+            (all || workload.status == HealthStatus::Healthy).then_some((workload, ports))
+        })
+    }
+
+    /// The workloads that wait for a service that is not known (yet), by its key; for the config dump. Walks everything.
+    #[must_use]
+    pub fn staged(&self) -> BTreeMap<&NamespacedHostname, Vec<(&Arc<Workload>, &PortMap)>> {
+        let mut staged = BTreeMap::<_, Vec<_>>::new();
+        for workload in self.workloads() {
+            for (key, ports) in &workload.profile.services {
+                if self.0.service(&key.namespace, &key.hostname).is_none() {
+                    staged.entry(key).or_default().push((workload, ports));
+                }
+            }
+        }
+        staged
     }
 
     /// All workloads, in no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> + '_ {
-        std::iter::empty()
+        self.0.workloads.iter()
     }
 
     /// All services, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> + '_ {
-        std::iter::empty()
+        self.0.services.iter()
     }
 }
 
-#[allow(unused)]
-impl SnapshotBuilder {
-    /// Restricts [`Snapshot::local_workload`] to workloads of this node; without it every workload counts as local.
-    #[must_use]
-    pub fn local_node(self, node: Text) -> Self {
-        self
+impl Tables {
+    fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.rows(self.hash(uid)).find(|workload| workload.uid == *uid)
     }
 
-    /// Adds or replaces a workload by its uid.
-    pub fn insert_workload(&mut self, workload: Workload) {
-        todo!()
+    fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
+        let mut rows = self.services.rows(self.hash_pair(namespace, hostname));
+        rows.find(|service| service.namespace == *namespace && service.hostname == *hostname)
     }
 
-    /// Adds or replaces a service by its key.
-    pub fn insert_service(&mut self, service: Service) {
-        todo!()
+    fn hash(&self, word: &str) -> u64 {
+        self.seed.hash_one(word)
     }
 
-    /// Removes a workload by uid, or a service by `namespace/hostname`; says whether anything was removed (reference, dataplane §5.2).
-    pub fn remove(&mut self, name: &str) -> bool {
-        todo!()
+    fn hash_pair(&self, namespace: &str, name: &str) -> u64 {
+        self.seed.hash_one((namespace, name))
     }
 
-    /// The finished snapshot.
-    #[must_use]
-    pub fn build(self) -> Snapshot {
-        Snapshot::default()
+    fn hash_address(&self, network: &str, address: u128) -> u64 {
+        self.seed.hash_one((network, address))
+    }
+
+    fn hash_prefix(&self, network: &str, prefix: IpNet) -> u64 {
+        self.seed.hash_one((network, bits(prefix.addr()), prefix.prefix_len()))
     }
 }
+
+/// One integer for an address of either family, the same for an IPv4 address and its mapped form: canonical by itself, and
+/// cheaper to hash and compare than 17 bytes.
+fn bits(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+/// Who owns an address that several claim: the greatest.
+fn address_rank(workload: &Workload) -> (u8, Reverse<&Text>) {
+    let kind = match (workload.uid.contains("//Pod/"), workload.profile.protocol) {
+        (true, TunnelProtocol::Hbone) => 3,
+        (true, TunnelProtocol::None) => 2,
+        (false, TunnelProtocol::Hbone) => 1,
+        (false, TunnelProtocol::None) => 0,
+    };
+    (kind, Reverse(&workload.uid))
+}
+
+/// The best of services that share a name or address, each with the length of its prefix.
+fn best<'a>(candidates: impl Iterator<Item = (u8, &'a Arc<Service>)>, client_namespace: Option<&str>) -> Option<Arc<Service>> {
+    let at_home = |service: &Service| client_namespace.is_some_and(|namespace| service.namespace == *namespace);
+    let visible = |service: &Service| client_namespace.is_none() || service.visibility == Visibility::Public || at_home(service);
+    let visible = candidates.filter(|(_, service)| visible(service));
+    let rank = |(length, service): (u8, &'a Arc<Service>)| {
+        let name = Reverse((&service.namespace, &service.hostname));
+        (at_home(service), length, service.canonical, name)
+    };
+    // Not `max_by_key`: to carry the rank along costs twice the rest of the look-up (reads of what was just written in parts).
+    visible.reduce(|best, other| if rank(other) > rank(best) { other } else { best }).map(|(_, service)| service.clone())
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, formatter)
+    }
+}
+
+impl fmt::Debug for Tables {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (workloads, services) = (self.workloads.iter().count(), self.services.iter().count());
+        formatter.debug_struct("Snapshot").field("workloads", &workloads).field("services", &services).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -90,6 +90,15 @@ impl NetNs {
     }
 }
 
+/// Two handles are equal when they hold the same namespace.
+impl PartialEq for NetNs {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for NetNs {}
+
 impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

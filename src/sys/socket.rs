@@ -95,6 +95,12 @@ pub fn wildcard(port: u16, ipv6: bool) -> SocketAddr {
     if ipv6 { SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)) } else { SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)) }
 }
 
+/// Whether a socket could not be made because this kernel has no such address family (IPv6 switched off at boot).
+#[must_use]
+pub fn is_unknown_family(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
 /// Opens a listening TCP socket in the calling thread's namespace.
 ///
 /// # Errors

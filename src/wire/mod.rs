@@ -1,1 +1,5 @@
-//! (being built)
+//! Every protobuf message that leaves or enters the process, as hand-written `prost` structs whose field tags can be read in place.
+//! This room does no I/O and takes no decisions; it only says how messages look, and golden bytes in its tests hold it to that.
+//! Main types: the messages of [`zds`].
+
+pub mod zds;

@@ -1,0 +1,335 @@
+//! The assembly of the data plane: builds the rooms from the settings, announces them, waits for the end, drains.
+//!
+//! Two runtimes, as in the reference (dataplane §1.1): one thread for state, certificates and pages, a pool of workers for traffic, so that a
+//! slow scrape cannot delay a connection. Readiness runs on the workers on purpose: it answers only while they do.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use anyhow::Context;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use super::settings::{Mode, Settings};
+use crate::admin::{self, AdminSources, Readiness};
+use crate::discovery::local::{self, ReloadStats};
+use crate::discovery::{LocalName, Mesh};
+use crate::identity::{Credentials, LocalIssuer};
+use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
+use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
+use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
+use crate::proxy::{Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
+use crate::sys;
+use crate::telemetry::logging::{self, LogConfig, LogFormat, LogHandle};
+use crate::telemetry::{Telemetry, TelemetryConfig};
+
+/// How long the log may take to reach its reader at the end.
+const LOG_PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Runs until a signal or the admin page ends it.
+pub(super) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+    let format = if settings.log_json { LogFormat::Json } else { LogFormat::Plain };
+    let log = logging::init(LogConfig { format, filter: settings.log.clone(), ..LogConfig::default() }).context("RUST_LOG")?;
+    let outcome = serve(settings, &log);
+    if let Err(error) = &outcome {
+        tracing::error!("{error:#}");
+    }
+    log.flush(LOG_PATIENCE);
+    outcome
+}
+
+fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
+    let (_, nofile) = sys::limits::raise_nofile().context("raising the limit of open files")?;
+    if settings.mode == Mode::Shared {
+        sys::netns::check_may_enter().context("shared mode enters the network namespaces of pods")?;
+        settings.pods.mark.map_or(Ok(()), sys::socket::check_may_mark).context("shared mode marks its sockets")?;
+    }
+    let data = tokio::runtime::Builder::new_multi_thread().worker_threads(settings.workers).thread_name("culvert-data").enable_all().build()?;
+    let desk = tokio::runtime::Builder::new_current_thread().thread_name("culvert-desk").enable_all().build()?;
+    tracing::info!(mode = ?settings.mode, node = settings.node_name, workers = settings.workers, nofile, "culvert {} starts", env!("CARGO_PKG_VERSION"));
+    let outcome = desk.block_on(Box::pin(live(settings, log.clone(), data.handle())));
+    data.shutdown_background();
+    outcome
+}
+
+/// The whole life of the process.
+async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Result<ExitCode> {
+    let readiness = Readiness::new();
+    let [proxy_ready, state_ready] = ["proxy", "state manager"].map(|task| readiness.register(task));
+    let telemetry = Telemetry::new(TelemetryConfig { tag: settings.istio_version.clone(), ..TelemetryConfig::default() });
+    telemetry.watch_runtime(data);
+    let supervisor = Supervisor::new();
+
+    let reloads = Arc::new(ReloadStats::default());
+    let node_name = Some(settings.node_name.as_str()).filter(|name| !name.is_empty()).map(Into::into);
+    let config = local::Config { node: node_name, stats: reloads.clone(), supervisor: supervisor.clone(), ..local::Config::default() };
+    let mesh = local::start(settings.source.clone(), config).await?;
+    state_ready.ready();
+    let credentials = credentials(&settings, &supervisor)?;
+    supervisor.supervise("certificate prefetch", prefetch_certificates(mesh.clone(), credentials.clone()));
+
+    let (unauthenticated, per_source) = settings.unauthenticated;
+    let node = Arc::new(Node {
+        config: settings.proxy.clone(),
+        hbone: Arc::new(settings.hbone.clone()),
+        mesh: mesh.clone(),
+        credentials: credentials.clone(),
+        telemetry: telemetry.clone(),
+        unauthenticated: Permits::new(PermitLimits { total: unauthenticated, per_key: per_source }),
+        dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),
+    });
+    let (trigger, drain) = drain::channel();
+    let pods = match &settings.mode {
+        Mode::Shared => Pods::Many(start_shared(&settings, &node, (data, &drain), (&supervisor, &readiness))),
+        Mode::Dedicated(name) => Pods::One(name.clone(), start_dedicated(&settings, &node, name, (data, &drain))?),
+    };
+    telemetry.registry(|registry| registry.register_collector(Box::new(Counts { pods: pods.view(), reloads })));
+    if let Some(name) = settings.own.clone() {
+        start_own_tunnel(&settings, &node, name, (data, &drain))?;
+    }
+
+    let quit = Arc::new(Notify::new());
+    start_pages(&settings, (&telemetry, &readiness), dump(&settings, &mesh, &credentials, pods), (log, quit.clone(), data, &drain)).await?;
+    drop(drain);
+    proxy_ready.ready();
+    wait_and_drain(&settings, trigger, &quit, supervisor).await
+}
+
+/// Waits for a reason to end, then lets connections finish.
+async fn wait_and_drain(settings: &Settings, trigger: DrainTrigger, quit: &Notify, supervisor: Supervisor) -> anyhow::Result<ExitCode> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let reason = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        () = quit.notified() => "the admin page",
+        failed = supervisor.failed() => {
+            // A node that lost one of its tasks looks alive and is not: whoever restarts us does it better than half a process.
+            anyhow::bail!(failed);
+        }
+    };
+    supervisor.stop();
+    tracing::info!(deadline = ?settings.drain, "draining, told by {reason}");
+    // The rooms keep the deadline themselves; the extra second lets them report what they cut.
+    let drained = trigger.start(DrainMode::Graceful, settings.drain + std::time::Duration::from_secs(1));
+    tokio::select! {
+        drained = drained => if drained { tracing::info!("drained") } else { tracing::warn!("connections were cut at the end of the drain") },
+        _ = interrupt.recv() => {
+            tracing::warn!("interrupted again, ending at once");
+            return Ok(ExitCode::from(130));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<Credentials> {
+    let issuer = LocalIssuer::load(&settings.local_ca_dir, Clock::system())?;
+    tracing::warn!(directory = %settings.local_ca_dir.display(), "signing certificates in process: for a lab or a single machine only");
+    let config = crate::identity::Config {
+        ttl: settings.secret_ttl,
+        tls12: settings.tls12,
+        post_quantum_only: settings.pqc,
+        ..crate::identity::Config::default()
+    };
+    let (credentials, renewal) = Credentials::new(config, Arc::new(issuer), Clock::system());
+    supervisor.supervise("certificate renewal", renewal);
+    Ok(credentials)
+}
+
+/// What is served.
+enum Pods {
+    Many(PodsView),
+    One(LocalName, Arc<PodProxy>),
+}
+
+impl Pods {
+    fn view(&self) -> Option<PodsView> {
+        match self {
+            Self::Many(view) => Some(view.clone()),
+            Self::One(..) => None,
+        }
+    }
+
+    /// `workloadState` of the config dump.
+    fn dump(&self) -> serde_json::Value {
+        match self {
+            Self::Many(view) => view.dump(),
+            Self::One(name, pod) => {
+                let info = serde_json::json!({ "name": name.name, "namespace": name.namespace, "serviceAccount": name.service_account });
+                let state = serde_json::json!({ "state": "Up", "connections": pod.connections().dump(), "info": info });
+                serde_json::json!({ (name.name.to_string()): state })
+            }
+        }
+    }
+}
+
+/// Makes a [`PodProxy`] of each pod that the agent names.
+struct Runner {
+    node: Arc<Node>,
+}
+
+impl PodRunner for Runner {
+    fn start(&self, pod: Pod, listeners: PodListeners) -> RunningPod {
+        let (trigger, drain) = drain::channel();
+        let name = LocalName { name: pod.name.into(), namespace: pod.namespace.into(), service_account: pod.service_account.into() };
+        let sockets = PodSockets::new(Some(listeners.netns.clone()), listeners.transparent, &self.node.config);
+        let proxy = start_pod(PodProxy::new(self.node.clone(), name, sockets), listeners, &drain);
+        RunningPod::new(trigger, Arc::new(move || proxy.dump()))
+    }
+}
+
+fn start_pod(proxy: Arc<PodProxy>, listeners: PodListeners, drain: &DrainWatcher) -> Arc<crate::proxy::ConnectionTable> {
+    proxy.serve_outbound(listeners.outbound, drain.clone());
+    proxy.serve_plaintext(listeners.plaintext, drain.clone());
+    proxy.serve_hbone(listeners.hbone, drain.clone());
+    proxy.connections().clone()
+}
+
+fn start_shared(
+    settings: &Settings,
+    node: &Arc<Node>,
+    (data, drain): (&Handle, &DrainWatcher),
+    (supervisor, readiness): (&Supervisor, &Readiness),
+) -> PodsView {
+    let token = readiness.register("workload proxy manager");
+    let (client, view) = pods::Client::new(settings.pods.clone(), Arc::new(Runner { node: node.clone() }));
+    let mut ready = view.ready();
+    data.spawn(async move {
+        loop {
+            if *ready.borrow_and_update() {
+                token.ready()
+            } else {
+                token.rearm()
+            }
+            if ready.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    let task = data.spawn(client.run(drain.clone()));
+    let mut told = drain.clone();
+    supervisor.supervise("pods", async move {
+        let outcome = task.await;
+        if told.mode().is_some() {
+            // Told to end: the drain waits for us, not the supervisor.
+            drop(told);
+            return std::future::pending().await;
+        }
+        match outcome {
+            Ok(Err(error)) => tracing::error!("{error}"),
+            Ok(Ok(())) => told.forced().await,
+            Err(error) => tracing::error!("{error}"),
+        }
+    });
+    view
+}
+
+fn start_dedicated(
+    settings: &Settings,
+    node: &Arc<Node>,
+    name: &LocalName,
+    (data, drain): (&Handle, &DrainWatcher),
+) -> anyhow::Result<Arc<PodProxy>> {
+    let _runtime = data.enter();
+    let own = sys::netns::NetNs::current()?;
+    let listeners = pods::open_listeners(&own, &settings.pods)?;
+    let sockets = PodSockets::new(None, listeners.transparent, &node.config);
+    let proxy = PodProxy::new(node.clone(), name.clone(), sockets);
+    start_pod(proxy.clone(), listeners, drain);
+    Ok(proxy)
+}
+
+fn start_own_tunnel(settings: &Settings, node: &Arc<Node>, name: LocalName, (data, drain): (&Handle, &DrainWatcher)) -> anyhow::Result<()> {
+    let options = sys::socket::ListenOptions { keepalive: None, ..sys::socket::ListenOptions::default() };
+    let address = sys::socket::wildcard(crate::hbone::PORT, settings.ipv6);
+    let listener = sys::socket::listen_tcp(address, &options).context("the proxy's own HBONE listener")?;
+    let _runtime = data.enter();
+    serve_own_tunnel(node, name, listener.socket, drain.clone())?;
+    Ok(())
+}
+
+type Dump = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
+
+/// The page of `config_dump` (reference, dataplane §10.2).
+fn dump(settings: &Settings, mesh: &Mesh, credentials: &Credentials, pods: Pods) -> Dump {
+    let (mesh, credentials, config) = (mesh.clone(), credentials.clone(), settings.dump.clone());
+    Arc::new(move || {
+        let mut page = mesh.dump();
+        if let Some(page) = page.as_object_mut() {
+            page.insert("config".into(), config.clone());
+            page.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "cryptoProvider": "aws-lc" }));
+            page.insert("certificates".into(), serde_json::json!(credentials.dump()));
+            page.insert("workloadState".into(), pods.dump());
+        }
+        page
+    })
+}
+
+async fn start_pages(
+    settings: &Settings,
+    (telemetry, readiness): (&Telemetry, &Readiness),
+    config_dump: Dump,
+    (log, quit, data, drain): (LogHandle, Arc<Notify>, &Handle, &DrainWatcher),
+) -> anyhow::Result<()> {
+    let sources = AdminSources { config_dump, log, shutdown: Arc::new(move || quit.notify_one()) };
+    for listener in admin::listen_loopback(settings.ports.admin, settings.ipv6).await? {
+        tokio::spawn(admin::serve_admin(listener, sources.clone(), drained(drain)));
+    }
+    let listener = listen(settings.ports.stats, settings.ipv6, "metrics")?;
+    tokio::spawn(admin::serve_metrics(listener, telemetry.clone(), drained(drain)));
+    let _runtime = data.enter();
+    let listener = listen(settings.ports.readiness, settings.ipv6, "readiness")?;
+    tokio::spawn(admin::serve_readiness(listener, readiness.clone(), drained(drain)));
+    Ok(())
+}
+
+fn drained(drain: &DrainWatcher) -> impl Future<Output = ()> + Send + 'static {
+    let mut drain = drain.clone();
+    async move {
+        drain.signaled().await;
+    }
+}
+
+fn listen(port: u16, ipv6: bool, what: &'static str) -> anyhow::Result<TcpListener> {
+    let options = sys::socket::ListenOptions { transparent: sys::socket::Transparency::Never, ..sys::socket::ListenOptions::default() };
+    let listener = sys::socket::listen_tcp(sys::socket::wildcard(port, ipv6), &options).with_context(|| format!("the {what} page"))?;
+    Ok(TcpListener::from_std(listener.socket)?)
+}
+
+/// Counts that other rooms keep in plain atomics.
+#[derive(Debug)]
+struct Counts {
+    pods: Option<PodsView>,
+    reloads: Arc<ReloadStats>,
+}
+
+impl Collector for Counts {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut counter = |name: &str, help: &str, value: u64| {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)
+        };
+        counter("culvert_static_config_loads", "Contents of the static configuration that were loaded", self.reloads.loads.load(Ordering::Relaxed))?;
+        let failures = self.reloads.failures.load(Ordering::Relaxed);
+        counter("culvert_static_config_failures", "Contents of the static configuration that were refused", failures)?;
+        let Some(pods) = &self.pods else { return Ok(()) };
+        let stats = pods.stats();
+        counter("workload_manager_proxies_started", "Pods whose service began (unstable)", stats.started.load(Ordering::Relaxed))?;
+        counter("workload_manager_proxies_stopped", "Pods whose service ended (unstable)", stats.stopped.load(Ordering::Relaxed))?;
+        for (name, help, value) in [
+            ("workload_manager_active_proxy_count", "Pods being served (unstable)", &stats.active),
+            ("workload_manager_pending_proxy_count", "Pods that cannot be served yet (unstable)", &stats.pending),
+        ] {
+            let gauge = ConstGauge::new(i64::try_from(value.load(Ordering::Relaxed)).unwrap_or(i64::MAX));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,14 @@
+//! `culvert proxy`: its settings, and the assembly of the rooms.
+
+mod assemble;
+mod settings;
+
+pub(super) use settings::Args;
+
+use std::process::ExitCode;
+
+/// Runs the data plane until it is told to stop.
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let settings = args.check()?;
+    assemble::run(settings)
+}

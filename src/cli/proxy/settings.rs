@@ -1,0 +1,424 @@
+//! What the user typed ([`Args`]) and what it means ([`Settings`]). Names and meaning of the environment variables are the reference's
+//! (dataplane §10.1).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use super::super::duration;
+use crate::discovery::LocalName;
+use crate::discovery::local::LocalSource;
+use crate::sys::socket::{Keepalive, Transparency};
+
+/// Flags and environment of `culvert proxy`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// `shared`: one proxy for all pods of the node, told by the CNI over ZDS. `dedicated`: one proxy for one workload, in its own namespace.
+    #[arg(long, env = "PROXY_MODE", default_value = "shared", value_parser = ["shared", "dedicated"])]
+    mode: String,
+    /// `namespace/name/service-account` of the workload; required in dedicated mode.
+    #[arg(long, env = "PROXY_WORKLOAD_INFO")]
+    workload_info: Option<String>,
+    /// Name of this node; workloads of other nodes are not local.
+    #[arg(long, env = "NODE_NAME", default_value = "")]
+    node_name: String,
+    /// Network of this node.
+    #[arg(long, env = "NETWORK", default_value = "")]
+    network: String,
+    /// Name of this cluster.
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    cluster_id: String,
+    /// Name of the proxy's own pod; with POD_NAMESPACE and SERVICE_ACCOUNT, metrics are served over HBONE too.
+    #[arg(long, env = "POD_NAME")]
+    pod_name: Option<String>,
+    /// Namespace of the proxy's own pod.
+    #[arg(long, env = "POD_NAMESPACE")]
+    pod_namespace: Option<String>,
+    /// Service account of the proxy's own pod.
+    #[arg(long, env = "SERVICE_ACCOUNT")]
+    service_account: Option<String>,
+    /// File with workloads, services and policies (YAML); reloaded when it changes.
+    #[arg(long, env = "LOCAL_XDS_PATH")]
+    local_xds_path: Option<PathBuf>,
+    /// The same, as text.
+    #[arg(long, env = "LOCAL_XDS", conflicts_with = "local_xds_path")]
+    local_xds: Option<String>,
+    /// Directory with ca-cert.pem, ca-key.pem, root-cert.pem and cert-chain.pem; certificates are signed in process. For the lab and for a
+    /// single machine.
+    #[arg(long, env = "LOCAL_CA_DIR")]
+    local_ca_dir: Option<PathBuf>,
+    /// How long workload certificates are valid.
+    #[arg(long, env = "SECRET_TTL", default_value = "24h", value_parser = duration::parse)]
+    secret_ttl: Duration,
+    /// The unix socket on which the CNI speaks ZDS.
+    #[arg(long, env = "INPOD_UDS", default_value = "/var/run/ztunnel/ztunnel.sock")]
+    inpod_uds: PathBuf,
+    /// Set SO_REUSEPORT on the pods' listeners, so that a new proxy can bind beside the old one.
+    #[arg(long, env = "INPOD_PORT_REUSE", default_value_t = true, action = clap::ArgAction::Set)]
+    inpod_port_reuse: bool,
+    /// SO_MARK of every socket in a pod; must equal the CNI's. Default 1337 in shared mode, none in dedicated mode.
+    #[arg(long, env = "PACKET_MARK")]
+    packet_mark: Option<u32>,
+    /// Whether applications see the client's address: `true` must work, `false` never, unset tries.
+    #[arg(long, env = "ENABLE_ORIG_SRC")]
+    enable_orig_src: Option<bool>,
+    /// TCP keepalive on captured and dialled sockets.
+    #[arg(long, env = "KEEPALIVE_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    keepalive_enabled: bool,
+    /// Silence before the first keepalive probe.
+    #[arg(long, env = "KEEPALIVE_TIME", default_value = "180s", value_parser = duration::parse)]
+    keepalive_time: Duration,
+    /// Time between keepalive probes.
+    #[arg(long, env = "KEEPALIVE_INTERVAL", default_value = "180s", value_parser = duration::parse)]
+    keepalive_interval: Duration,
+    /// Keepalive probes without an answer until a connection is given up.
+    #[arg(long, env = "KEEPALIVE_RETRIES", default_value_t = 9)]
+    keepalive_retries: u32,
+    /// TCP_USER_TIMEOUT = keepalive time + retries × interval.
+    #[arg(long, env = "USER_TIMEOUT_ENABLED", default_value_t = false, action = clap::ArgAction::Set)]
+    user_timeout_enabled: bool,
+    /// Receive window of one HTTP/2 stream, bytes.
+    #[arg(long, env = "HTTP2_STREAM_WINDOW_SIZE", default_value_t = 4 << 20, value_parser = clap::value_parser!(u32).range(65_535..=0x7fff_ffff))]
+    http2_stream_window_size: u32,
+    /// Receive window of one tunnel, bytes; must exceed the stream window.
+    #[arg(long, env = "HTTP2_CONNECTION_WINDOW_SIZE", default_value_t = 16 << 20, value_parser = clap::value_parser!(u32).range(65_535..=0x7fff_ffff))]
+    http2_connection_window_size: u32,
+    /// Largest HTTP/2 frame that is accepted, bytes.
+    #[arg(long, env = "HTTP2_FRAME_SIZE", default_value_t = 1 << 20, value_parser = clap::value_parser!(u32).range(16_384..=0x00ff_ffff))]
+    http2_frame_size: u32,
+    /// Streams that one peer's tunnel may have open at once.
+    #[arg(long, env = "CULVERT_MAX_STREAMS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    max_streams: u32,
+    /// Streams opened at once on a pooled tunnel before a sibling is dialled.
+    #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
+    pool_max_streams_per_connection: u16,
+    /// A pooled tunnel that no stream used for this long is closed.
+    #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration::parse)]
+    pool_unused_release_timeout: Duration,
+    /// TLS, HTTP/2 preface and first SETTINGS together must be done by then.
+    #[arg(long, env = "CULVERT_HANDSHAKE_DEADLINE", default_value = "10s", value_parser = duration::parse)]
+    handshake_deadline: Duration,
+    /// A PING is sent after this much time since the last answer.
+    #[arg(long, env = "CULVERT_PING_INTERVAL", default_value = "10s", value_parser = duration::parse)]
+    ping_interval: Duration,
+    /// A PING without an answer for this long means that the peer is dead.
+    #[arg(long, env = "CULVERT_PING_TIMEOUT", default_value = "15s", value_parser = duration::parse)]
+    ping_timeout: Duration,
+    /// How long a TCP connect may take.
+    #[arg(long, env = "CULVERT_CONNECT_TIMEOUT", default_value = "10s", value_parser = duration::parse)]
+    connect_timeout: Duration,
+    /// Connections on this node that have not yet proven who they are.
+    #[arg(long, env = "CULVERT_MAX_UNAUTHENTICATED", default_value_t = 512)]
+    max_unauthenticated: usize,
+    /// The same, from one source address.
+    #[arg(long, env = "CULVERT_MAX_UNAUTHENTICATED_PER_SOURCE", default_value_t = 64)]
+    max_unauthenticated_per_source: usize,
+    /// Dials under way at once on behalf of one peer.
+    #[arg(long, env = "CULVERT_MAX_PENDING_DIALS", default_value_t = 64)]
+    max_pending_dials: usize,
+    /// How long connections may go on after the signal to stop; overrides TERMINATION_GRACE_PERIOD_SECONDS.
+    #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_parser = duration::parse)]
+    connection_termination_deadline: Option<Duration>,
+    /// The pod's grace period; the drain takes a little less.
+    #[arg(long, env = "TERMINATION_GRACE_PERIOD_SECONDS")]
+    termination_grace_period_seconds: Option<u64>,
+    /// Worker threads: a number, a percentage of the CPUs such as `25%`, or 0 for all CPUs. Default max(2, 25 % of the CPUs).
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
+    worker_threads: Option<String>,
+    /// Use IPv6.
+    #[arg(long, env = "IPV6_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    ipv6_enabled: bool,
+    /// Send baggage in responses, and believe the baggage of requests (telemetry only).
+    #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
+    enable_response_baggage: bool,
+    /// Also allow TLS 1.2 between proxies.
+    #[arg(long, env = "TLS12_ENABLED", default_value = "false")]
+    tls12_enabled: String,
+    /// `pqc`: only post-quantum key exchange.
+    #[arg(long, env = "COMPLIANCE_POLICY", default_value = "", value_parser = ["", "pqc"])]
+    compliance_policy: String,
+    /// Log policy decisions at INFO instead of DEBUG.
+    #[arg(long, env = "AUTHZ_POLICY_INFO_LOGGING", default_value_t = false, action = clap::ArgAction::Set)]
+    authz_policy_info_logging: bool,
+    /// Log filter, such as `info` or `access=debug,info`.
+    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    log: String,
+    /// `plain` or `json`.
+    #[arg(long, env = "LOG_FORMAT", default_value = "plain", value_parser = ["plain", "json"])]
+    log_format: String,
+    /// Version that `istio_build` shows.
+    #[arg(long, env = "ISTIO_META_ISTIO_VERSION", default_value = "unknown")]
+    istio_version: String,
+    /// Port of the admin pages, on loopback only.
+    #[arg(long, env = "CULVERT_ADMIN_PORT", default_value_t = 15000)]
+    admin_port: u16,
+    /// Port of the metrics page.
+    #[arg(long, env = "CULVERT_STATS_PORT", default_value_t = 15020)]
+    stats_port: u16,
+    /// Port of the readiness page.
+    #[arg(long, env = "CULVERT_READINESS_PORT", default_value_t = 15021)]
+    readiness_port: u16,
+    /// Accepted and ignored: charts pass the name of the proxy here.
+    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    ignored: Vec<String>,
+}
+
+/// Which pods this process serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// All pods of the node, told over ZDS.
+    Shared,
+    /// One workload in the process's own namespace.
+    Dedicated(LocalName),
+}
+
+/// The checked settings, one part per room.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) mode: Mode,
+    pub(super) node_name: String,
+    pub(super) own: Option<LocalName>,
+    pub(super) source: LocalSource,
+    pub(super) local_ca_dir: PathBuf,
+    pub(super) secret_ttl: Duration,
+    pub(super) pods: crate::pods::Config,
+    pub(super) ipv6: bool,
+    pub(super) proxy: crate::proxy::Config,
+    pub(super) hbone: crate::hbone::Config,
+    pub(super) unauthenticated: (usize, usize),
+    pub(super) pending_dials: usize,
+    pub(super) drain: Duration,
+    pub(super) workers: usize,
+    pub(super) tls12: bool,
+    pub(super) pqc: bool,
+    pub(super) log: String,
+    pub(super) log_json: bool,
+    pub(super) istio_version: String,
+    pub(super) ports: Ports,
+    /// Everything that was set, for `config_dump`.
+    pub(super) dump: serde_json::Value,
+}
+
+/// Ports of the process's own pages.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ports {
+    pub(super) admin: u16,
+    pub(super) stats: u16,
+    pub(super) readiness: u16,
+}
+
+/// The mark of the reference's CNI (dataplane §1.2).
+const DEFAULT_MARK: u32 = 0x539;
+
+impl Args {
+    /// Checks what the types cannot, and says which variable is wrong.
+    pub(super) fn check(&self) -> anyhow::Result<Settings> {
+        let mode = self.proxy_mode()?;
+        let source = match (&self.local_xds_path, &self.local_xds) {
+            (Some(path), _) => LocalSource::Path(path.clone()),
+            (None, Some(text)) => LocalSource::Text(text.clone()),
+            (None, None) => bail!("no source of workloads, services and policies: set LOCAL_XDS_PATH to a file or LOCAL_XDS to its text"),
+        };
+        let local_ca_dir =
+            self.local_ca_dir.clone().context("no source of certificates: set LOCAL_CA_DIR to a directory with ca-cert.pem and ca-key.pem")?;
+        if self.http2_connection_window_size <= self.http2_stream_window_size {
+            bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
+        }
+        let keepalive = self.keepalive_enabled.then_some(Keepalive {
+            idle: self.keepalive_time,
+            interval: self.keepalive_interval,
+            retries: self.keepalive_retries,
+        });
+        let mark = self.packet_mark.or_else(|| (mode == Mode::Shared).then_some(DEFAULT_MARK)).filter(|mark| *mark != 0);
+        let user_timeout = keepalive.as_ref().filter(|_| self.user_timeout_enabled).map(Keepalive::user_timeout);
+        Ok(Settings {
+            node_name: self.node_name.clone(),
+            own: self.own_name(&mode),
+            source,
+            local_ca_dir,
+            secret_ttl: self.secret_ttl,
+            pods: crate::pods::Config {
+                socket: self.inpod_uds.clone(),
+                // Listeners are unmarked in dedicated mode (reference, dataplane §1.1).
+                mark: mark.filter(|_| mode == Mode::Shared),
+                port_reuse: self.inpod_port_reuse && mode == Mode::Shared,
+                transparency: match self.enable_orig_src {
+                    None => Transparency::Try,
+                    Some(true) => Transparency::Must,
+                    Some(false) => Transparency::Never,
+                },
+                keepalive,
+                user_timeout,
+                ipv6: self.ipv6_enabled,
+                drain_deadline: self.drain(),
+                ..crate::pods::Config::default()
+            },
+            ipv6: self.ipv6_enabled,
+            proxy: crate::proxy::Config {
+                route: crate::proxy::route::RouteConfig { network: self.network.as_str().into(), socks: false },
+                mark,
+                keepalive,
+                user_timeout: self.user_timeout_enabled,
+                connect_timeout: self.connect_timeout,
+                workload_timeout: Duration::from_secs(5),
+                baggage: self.enable_response_baggage,
+                policy_info: self.authz_policy_info_logging,
+            },
+            hbone: crate::hbone::Config {
+                stream_window: self.http2_stream_window_size,
+                connection_window: self.http2_connection_window_size,
+                frame_size: self.http2_frame_size,
+                max_streams: self.max_streams,
+                handshake_deadline: self.handshake_deadline,
+                ping_interval: self.ping_interval,
+                ping_timeout: self.ping_timeout,
+                pool_max_streams: self.pool_max_streams_per_connection,
+                pool_unused_release: self.pool_unused_release_timeout,
+                ..crate::hbone::Config::default()
+            },
+            unauthenticated: (self.max_unauthenticated, self.max_unauthenticated_per_source),
+            pending_dials: self.max_pending_dials,
+            drain: self.drain(),
+            workers: workers(self.worker_threads.as_deref(), cpus()).context("ZTUNNEL_WORKER_THREADS")?,
+            tls12: self.tls12_enabled == "true",
+            pqc: self.compliance_policy == "pqc",
+            log: self.log.clone(),
+            log_json: self.log_format == "json",
+            istio_version: self.istio_version.clone(),
+            ports: Ports { admin: self.admin_port, stats: self.stats_port, readiness: self.readiness_port },
+            dump: self.dump(),
+            mode,
+        })
+    }
+
+    fn proxy_mode(&self) -> anyhow::Result<Mode> {
+        if self.mode == "shared" {
+            return Ok(Mode::Shared);
+        }
+        let text = self.workload_info.as_deref().context("PROXY_MODE=dedicated needs PROXY_WORKLOAD_INFO=namespace/name/service-account")?;
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts.as_slice() {
+            [namespace, name, account] if parts.iter().all(|part| !part.is_empty()) => {
+                Ok(Mode::Dedicated(LocalName { name: (*name).into(), namespace: (*namespace).into(), service_account: (*account).into() }))
+            }
+            _ => bail!("PROXY_WORKLOAD_INFO is {text:?}: expected namespace/name/service-account"),
+        }
+    }
+
+    fn own_name(&self, mode: &Mode) -> Option<LocalName> {
+        let own = |text: &Option<String>| text.as_deref().filter(|text| !text.is_empty()).map(crate::model::Text::from);
+        let name = LocalName { name: own(&self.pod_name)?, namespace: own(&self.pod_namespace)?, service_account: own(&self.service_account)? };
+        (*mode == Mode::Shared).then_some(name)
+    }
+
+    /// N − 5 s for a grace period over 10 s, else N − 1 s but at least 1 s; 5 s when nothing is set (reference, dataplane §10.1).
+    fn drain(&self) -> Duration {
+        match (self.connection_termination_deadline, self.termination_grace_period_seconds) {
+            (Some(deadline), _) => deadline,
+            (None, Some(grace)) if grace > 10 => Duration::from_secs(grace - 5),
+            (None, Some(grace)) => Duration::from_secs(grace.saturating_sub(1).max(1)),
+            (None, None) => Duration::from_secs(5),
+        }
+    }
+
+    /// The `config` object of `config_dump`.
+    fn dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "proxyMode": self.mode, "proxyWorkloadInformation": self.workload_info, "localNode": self.node_name, "network": self.network,
+            "clusterId": self.cluster_id, "localXdsPath": self.local_xds_path, "localCaDir": self.local_ca_dir, "inpodUds": self.inpod_uds,
+            "inpodPortReuse": self.inpod_port_reuse, "packetMark": self.packet_mark, "requireOriginalSource": self.enable_orig_src,
+            "secretTtl": format!("{:?}", self.secret_ttl), "windowSize": self.http2_stream_window_size,
+            "connectionWindowSize": self.http2_connection_window_size, "frameSize": self.http2_frame_size, "maxStreams": self.max_streams,
+            "poolMaxStreamsPerConn": self.pool_max_streams_per_connection,
+            "poolUnusedReleaseTimeout": format!("{:?}", self.pool_unused_release_timeout),
+            "handshakeDeadline": format!("{:?}", self.handshake_deadline), "pingInterval": format!("{:?}", self.ping_interval),
+            "pingTimeout": format!("{:?}", self.ping_timeout), "connectTimeout": format!("{:?}", self.connect_timeout),
+            "maxUnauthenticated": self.max_unauthenticated, "maxUnauthenticatedPerSource": self.max_unauthenticated_per_source,
+            "maxPendingDials": self.max_pending_dials, "selfTerminationDeadline": format!("{:?}", self.drain()),
+            "ipv6Enabled": self.ipv6_enabled, "enableEnhancedBaggage": self.enable_response_baggage, "tls12Enabled": self.tls12_enabled == "true",
+            "compliancePolicy": self.compliance_policy, "logFormat": self.log_format, "adminPort": self.admin_port,
+            "statsPort": self.stats_port, "readinessPort": self.readiness_port,
+        })
+    }
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// A number, `P%` of the CPUs rounded up, 0 for all; unset is max(2, a quarter) (reference, dataplane §10.1).
+fn workers(text: Option<&str>, cpus: usize) -> anyhow::Result<usize> {
+    let share = |percent: usize| (cpus * percent).div_ceil(100).max(1);
+    let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(share(25).max(2)) };
+    let asked = match text.strip_suffix('%') {
+        Some(percent) => share(percent.parse::<usize>().ok().filter(|percent| (1..=100).contains(percent)).context("expected 1% to 100%")?),
+        None => text.parse::<usize>().context("expected a number of threads or a percentage such as 25%")?,
+    };
+    Ok(if asked == 0 { cpus } else { asked })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Probe {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn check(line: &[&str]) -> anyhow::Result<Settings> {
+        let base = ["proxy", "--local-xds", "{}", "--local-ca-dir", "/ca"];
+        Probe::try_parse_from(base.iter().chain(line)).map_err(anyhow::Error::from)?.args.check()
+    }
+
+    #[test]
+    fn worker_threads_take_a_number_a_share_or_all() {
+        assert_eq!(workers(None, 4).unwrap(), 2);
+        assert_eq!(workers(None, 64).unwrap(), 16);
+        assert_eq!(workers(Some("3"), 8).unwrap(), 3);
+        assert_eq!(workers(Some("0"), 8).unwrap(), 8);
+        assert_eq!(workers(Some("25%"), 6).unwrap(), 2);
+        assert!(workers(Some("101%"), 6).is_err());
+        assert!(workers(Some("many"), 6).is_err());
+    }
+
+    #[test]
+    fn the_drain_ends_before_the_grace_period_does() {
+        assert_eq!(check(&[]).unwrap().drain, Duration::from_secs(5));
+        assert_eq!(check(&["--termination-grace-period-seconds", "30"]).unwrap().drain, Duration::from_secs(25));
+        assert_eq!(check(&["--termination-grace-period-seconds", "10"]).unwrap().drain, Duration::from_secs(9));
+        assert_eq!(check(&["--termination-grace-period-seconds", "0"]).unwrap().drain, Duration::from_secs(1));
+        assert_eq!(check(&["--connection-termination-deadline", "2m"]).unwrap().drain, Duration::from_secs(120));
+    }
+
+    #[test]
+    fn extra_positional_arguments_are_ignored() {
+        assert!(check(&["ztunnel"]).is_ok());
+    }
+
+    #[test]
+    fn dedicated_mode_needs_its_workload() {
+        assert!(check(&["--mode", "dedicated"]).is_err());
+        assert!(check(&["--mode", "dedicated", "--workload-info", "a/b"]).is_err());
+        let settings = check(&["--mode", "dedicated", "--workload-info", "ns/pod/account"]).unwrap();
+        assert_eq!(settings.mode, Mode::Dedicated(LocalName { name: "pod".into(), namespace: "ns".into(), service_account: "account".into() }));
+        assert_eq!(settings.pods.mark, None);
+        assert_eq!(settings.proxy.mark, None);
+    }
+
+    #[test]
+    fn shared_mode_marks_every_socket() {
+        let settings = check(&[]).unwrap();
+        assert_eq!(settings.pods.mark, Some(0x539));
+        assert_eq!(settings.proxy.mark, Some(0x539));
+    }
+
+    #[test]
+    fn a_connection_window_that_can_deadlock_is_refused() {
+        assert!(check(&["--http2-stream-window-size", "1000000", "--http2-connection-window-size", "1000000"]).is_err());
+    }
+}

@@ -1,0 +1,193 @@
+//! The published state of the mesh: an immutable world per change, a handle to read it and the one publisher that makes the next.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use super::dump::{dump, with_static_config};
+use crate::model::{Service, Snapshot, Text, Workload};
+use crate::policy::{Authorization, PolicySet};
+
+/// Everything known at one moment. Never changes.
+#[derive(Debug, Clone, Default)]
+pub struct World {
+    /// Workloads and services.
+    pub snapshot: Snapshot,
+    /// Authorization policies.
+    pub policies: PolicySet,
+    /// Counts the worlds of one publisher, from 0 for the empty one.
+    pub epoch: u64,
+}
+
+/// The three names by which a pod and its workload find each other (reference, dataplane §12.1 row 22).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct LocalName {
+    /// Pod name.
+    pub name: Text,
+    /// Namespace.
+    pub namespace: Text,
+    /// Service account.
+    pub service_account: Text,
+}
+
+impl fmt::Display for LocalName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{} (service account {})", self.namespace, self.name, self.service_account)
+    }
+}
+
+/// A handle to the current world. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Mesh {
+    current: Arc<ArcSwap<World>>,
+    updates: watch::Receiver<Arc<World>>,
+    fixed: bool,
+}
+
+impl Mesh {
+    /// The world as it is now. Takes no lock.
+    #[must_use]
+    pub fn current(&self) -> Arc<World> {
+        self.current.load_full()
+    }
+
+    /// Later worlds. The world of this moment counts as seen: look at it with `borrow()`, then wait for `changed()`.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Arc<World>> {
+        let mut updates = self.updates.clone();
+        updates.mark_unchanged();
+        updates
+    }
+
+    /// The workload of a pod on this node, waiting up to `limit` for it to become known: the pod may start before the mesh
+    /// hears of it. `None` after that time, or when no further world can come.
+    pub async fn wait_for_local(&self, name: &LocalName, limit: Duration) -> Option<Arc<Workload>> {
+        let mut updates = self.subscribe();
+        let found = async {
+            loop {
+                let found = updates.borrow_and_update().snapshot.local_workload(&name.name, &name.namespace, &name.service_account);
+                if found.is_some() {
+                    return found;
+                }
+                if updates.changed().await.is_err() {
+                    return None;
+                }
+            }
+        };
+        tokio::time::timeout(limit, found).await.ok().flatten()
+    }
+
+    /// [`dump`](super::dump()) of the current world; `staticConfig` says what was loaded if this mesh comes from a static source.
+    #[must_use]
+    pub fn dump(&self) -> serde_json::Value {
+        let world = self.current();
+        if self.fixed { with_static_config(&world) } else { dump(&world) }
+    }
+}
+
+/// One change of the mesh.
+#[derive(Debug, Clone)]
+pub enum Edit {
+    /// Adds or replaces a workload by its uid.
+    Workload(Workload),
+    /// Adds or replaces a service by its key.
+    Service(Service),
+    /// Removes a workload by uid or a service by `namespace/hostname`; names that never existed are legal (reference, dataplane §5.2).
+    Remove(Text),
+    /// Adds or replaces a policy by its key.
+    Policy(Authorization),
+    /// Removes a policy by `namespace/name`.
+    RemovePolicy(Text),
+}
+
+/// Makes worlds and publishes them. There is one per mesh.
+#[derive(Debug)]
+pub struct Publisher {
+    current: Arc<ArcSwap<World>>,
+    updates: watch::Sender<Arc<World>>,
+}
+
+impl Publisher {
+    /// A publisher and a handle to its worlds, the first of which is empty. `node` restricts local workloads to those of this
+    /// node; without it every workload counts as local.
+    #[must_use]
+    pub fn new(node: Option<Text>) -> (Self, Mesh) {
+        let mut snapshot = Snapshot::default().edit();
+        if let Some(node) = node {
+            snapshot = snapshot.local_node(node);
+        }
+        let world = Arc::new(World { snapshot: snapshot.build(), ..World::default() });
+        let current = Arc::new(ArcSwap::new(Arc::clone(&world)));
+        let (updates, receiver) = watch::channel(world);
+        (Self { current: Arc::clone(&current), updates }, Mesh { current, updates: receiver, fixed: false })
+    }
+
+    /// [`Publisher::new`] for a static source.
+    pub(super) fn fixed(node: Option<Text>) -> (Self, Mesh) {
+        let (publisher, mesh) = Self::new(node);
+        (publisher, Mesh { fixed: true, ..mesh })
+    }
+
+    /// The world published last.
+    #[must_use]
+    pub fn current(&self) -> Arc<World> {
+        self.current.load_full()
+    }
+
+    /// Applies all edits in order and publishes the result as one world. Says whether it did: edits that change nothing publish
+    /// nothing.
+    pub fn publish(&mut self, edits: impl IntoIterator<Item = Edit>) -> bool {
+        let last = self.current();
+        let mut snapshot = last.snapshot.edit();
+        let mut policies = last.policies.clone();
+        let mut changed = false;
+        // What an earlier edit touched can no longer be compared with the last world.
+        let mut touched = HashSet::new();
+        for edit in edits {
+            match edit {
+                Edit::Workload(workload) => {
+                    let first = touched.insert(workload.uid.clone());
+                    if !first || last.snapshot.workload(&workload.uid).is_none_or(|known| *known != workload) {
+                        snapshot.insert_workload(workload);
+                        changed = true;
+                    }
+                }
+                Edit::Service(service) => {
+                    let key = service.key();
+                    let first = touched.insert(key.to_string().into());
+                    if !first || last.snapshot.service(&key).is_none_or(|known| *known != service) {
+                        snapshot.insert_service(service);
+                        changed = true;
+                    }
+                }
+                Edit::Remove(name) => {
+                    changed |= snapshot.remove(&name);
+                    touched.insert(name);
+                }
+                Edit::Policy(policy) => {
+                    if policies.get(&policy.key()).is_none_or(|known| **known != policy) {
+                        policies.insert(policy);
+                        changed = true;
+                    }
+                }
+                Edit::RemovePolicy(key) => changed |= policies.remove(&key),
+            }
+        }
+        if changed {
+            let world = Arc::new(World { snapshot: snapshot.build(), policies, epoch: last.epoch + 1 });
+            // In this order, so that whoever is woken finds the new world by either way.
+            self.current.store(Arc::clone(&world));
+            self.updates.send_replace(world);
+        }
+        changed
+    }
+
+    /// Resolves when the last [`Mesh`] and the last subscriber are gone.
+    pub async fn abandoned(&self) {
+        self.updates.closed().await;
+    }
+}

@@ -1,0 +1,215 @@
+//! All policies that are known, and which of them apply to whom (reference, dataplane §6.2).
+
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::hash::BuildHasher;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use crate::model::Text;
+
+use super::compile::{Compiled, CompiledPolicy, Layer};
+use super::prepare::Prepared;
+use super::{Authorization, Scope};
+
+/// All known policies. Persistent: a clone costs a few reference counts and shares everything that an edit does not touch.
+///
+/// Compiled policies are shared too. Workloads to which the same policies apply get the same [`CompiledPolicy`], and an edit
+/// that does not concern them leaves it, and the decisions it remembers, in place.
+#[derive(Clone, Default)]
+pub struct PolicySet {
+    policies: imbl::OrdMap<Text, Arc<Prepared>>,
+    global: Scoped,
+    namespaces: imbl::HashMap<Text, Scoped>,
+    compiled: Arc<Memory>,
+}
+
+/// The policies of one scope; their layer is made when it is first asked for.
+#[derive(Clone, Default)]
+struct Scoped {
+    policies: imbl::OrdMap<Text, Arc<Prepared>>,
+    layer: Arc<OnceLock<Arc<Layer>>>,
+}
+
+/// What was compiled and is still in use by somebody. An entry is only a proposal: it is taken if it consists of exactly the
+/// layers that apply, so neither a hash collision nor an older set that shares this memory can do harm.
+#[derive(Default)]
+struct Memory {
+    hashing: RandomState,
+    entries: Mutex<HashMap<u64, Weak<Compiled>>>,
+}
+
+/// Below this many entries nobody looks for dead ones.
+const MEMORY_SWEEP: usize = 64;
+
+impl Scoped {
+    fn insert(&mut self, policy: &Arc<Prepared>) {
+        self.policies.insert(policy.key.clone(), Arc::clone(policy));
+        self.layer = Arc::default();
+    }
+
+    fn remove(&mut self, key: &str) {
+        if self.policies.remove(key).is_some() {
+            self.layer = Arc::default();
+        }
+    }
+
+    fn layer(&self) -> Option<Arc<Layer>> {
+        let make = || Arc::new(Layer::new(self.policies.values().cloned().collect()));
+        (!self.policies.is_empty()).then(|| Arc::clone(self.layer.get_or_init(make)))
+    }
+}
+
+impl Memory {
+    fn recall(&self, key: u64) -> Option<Arc<Compiled>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).get(&key).and_then(Weak::upgrade)
+    }
+
+    fn remember(&self, key: u64, compiled: &Arc<Compiled>) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if entries.len() >= MEMORY_SWEEP && entries.len() == entries.capacity() {
+            entries.retain(|_, entry| entry.strong_count() > 0);
+        }
+        entries.insert(key, Arc::downgrade(compiled));
+    }
+}
+
+impl PolicySet {
+    /// No policies: everything is permitted, unless a workload names one.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a policy, or replaces the one of the same namespace and name, whatever its scope was. A policy whose words cannot
+    /// be meant (an empty matcher) is kept as an invalid one.
+    pub fn insert(&mut self, authorization: Authorization) {
+        let policy = Arc::new(Prepared::new(authorization));
+        if let Some(old) = self.policies.get(&policy.key) {
+            if old.authorization == policy.authorization {
+                return;
+            }
+            self.remove(&policy.key);
+        }
+        match policy.authorization.scope {
+            Scope::Global => self.global.insert(&policy),
+            Scope::Namespace => self.namespaces.entry(policy.authorization.namespace.clone()).or_default().insert(&policy),
+            Scope::WorkloadSelector => {}
+        }
+        self.policies.insert(policy.key.clone(), policy);
+    }
+
+    /// Removes a policy by `namespace/name`, and says whether it was there.
+    pub fn remove(&mut self, key: &str) -> bool {
+        let Some(policy) = self.policies.remove(key) else { return false };
+        let namespace = &policy.authorization.namespace;
+        match policy.authorization.scope {
+            Scope::Global => self.global.remove(key),
+            Scope::Namespace => {
+                if let Some(scoped) = self.namespaces.get_mut(namespace) {
+                    scoped.remove(key);
+                    if scoped.policies.is_empty() {
+                        self.namespaces.remove(namespace);
+                    }
+                }
+            }
+            Scope::WorkloadSelector => {}
+        }
+        true
+    }
+
+    /// A policy by `namespace/name`.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Arc<Authorization>> {
+        self.policies.get(key).map(|policy| &policy.authorization)
+    }
+
+    /// All policies by key.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Authorization>> {
+        self.policies.values().map(|policy| &policy.authorization)
+    }
+
+    /// How many policies are known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.policies.len()
+    }
+
+    /// Whether no policy is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.policies.is_empty()
+    }
+
+    /// The policies that apply to a workload of `namespace` which names `names` (`namespace/name` each): all global ones, those
+    /// of its namespace, and the named ones. Names that are not known deny until they are.
+    ///
+    /// Usually a look-up: work is done only for policies that changed since somebody last asked. Hold on to the result, or it
+    /// and its decision cache are made anew.
+    #[must_use]
+    pub fn compile(&self, namespace: &str, names: &[Text]) -> CompiledPolicy {
+        let global = self.global.layer();
+        let own = self.namespaces.get(namespace).and_then(Scoped::layer);
+        let (mut selected, mut unknown) = (BTreeMap::new(), Vec::new());
+        for name in names {
+            match self.policies.get(name) {
+                None if unknown.contains(name) => {}
+                None => unknown.push(name.clone()),
+                Some(policy) if applies_anyway(&policy.authorization, namespace) => {}
+                Some(policy) => drop(selected.insert(&policy.key, policy)),
+            }
+        }
+        let selected: Vec<&Arc<Prepared>> = selected.into_values().collect();
+        let key = self.compiled.hashing.hash_one((namespace, names));
+        let old = self.compiled.recall(key);
+        let old_selected = old.as_ref().and_then(|old| old.selected.as_ref()).filter(|layer| consists_of(layer, &selected));
+        if let Some(old) = &old
+            && same_layer(&old.global, &global)
+            && same_layer(&old.namespace, &own)
+            && old_selected.is_some() != selected.is_empty()
+            && old.selected.is_some() == old_selected.is_some()
+            && old.unknown == unknown
+        {
+            return CompiledPolicy(Arc::clone(old));
+        }
+        let make = || (!selected.is_empty()).then(|| Arc::new(Layer::new(selected.iter().map(|policy| Arc::clone(policy)).collect())));
+        let compiled = Arc::new(Compiled::new(global, own, old_selected.cloned().or_else(make), unknown));
+        self.compiled.remember(key, &compiled);
+        CompiledPolicy(compiled)
+    }
+}
+
+/// A named policy may be one that applies without being named.
+fn applies_anyway(policy: &Authorization, namespace: &str) -> bool {
+    match policy.scope {
+        Scope::Global => true,
+        Scope::Namespace => policy.namespace == *namespace,
+        Scope::WorkloadSelector => false,
+    }
+}
+
+fn same_layer(left: &Option<Arc<Layer>>, right: &Option<Arc<Layer>>) -> bool {
+    match (left, right) {
+        (None, None) => true,
+        (Some(left), Some(right)) => Arc::ptr_eq(left, right),
+        _ => false,
+    }
+}
+
+fn consists_of(layer: &Layer, policies: &[&Arc<Prepared>]) -> bool {
+    layer.policies.len() == policies.len() && layer.policies.iter().zip(policies).all(|(left, right)| Arc::ptr_eq(left, right))
+}
+
+impl PartialEq for PolicySet {
+    fn eq(&self, other: &Self) -> bool {
+        self.policies.len() == other.policies.len() && self.iter().zip(other.iter()).all(|(left, right)| left == right)
+    }
+}
+
+impl Eq for PolicySet {}
+
+impl fmt::Debug for PolicySet {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_set().entries(self.iter()).finish()
+    }
+}

@@ -1,0 +1,163 @@
+//! Inbound HBONE: tunnels that peers open to a pod's 15008, and the requests in them (reference, dataplane §4.1–4.4).
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+
+use super::connections::{LiveConnection, Protocol};
+use super::pod::PodProxy;
+use super::route;
+use super::session::{Accepted, Client, Connected, Error, Identified, service_facts};
+use crate::hbone::{self, ConnectRequest, ConnectResponse, Incoming, Refusal};
+use crate::lifecycle::drain::DrainWatcher;
+use crate::model::{Authority, Baggage, SpiffeId, canonical_socket};
+use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter};
+
+/// The two ends of a tunnel.
+#[derive(Clone)]
+struct Tunnel {
+    peer: SpiffeId,
+    client: SocketAddr,
+    /// The pod's address that the peer connected to.
+    local: SocketAddr,
+}
+
+/// Serves one tunnel from accept to close.
+pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) {
+    let _open = pod.node.telemetry.socket_opened(Reporter::Destination);
+    let local = match socket.local_addr() {
+        Ok(local) => canonical_socket(local),
+        Err(error) => return pod.refuse(Reporter::Destination, client, None, &Error::OriginalDestination(error)),
+    };
+    let accepted = tokio::select! {
+        biased;
+        _ = drain.signaled() => return,
+        accepted = Box::pin(accept(&pod, socket, client)) => accepted,
+    };
+    let tunnel = match accepted {
+        Ok(tunnel) => tunnel,
+        Err(error) => return pod.refuse(Reporter::Destination, client, Some(local), &error),
+    };
+    let ends = Tunnel { peer: tunnel.peer().clone(), client, local };
+    let served = Box::pin(tunnel.serve(drain.clone(), |incoming| {
+        tokio::spawn(request(pod.clone(), ends.clone(), incoming, drain.clone()));
+    }));
+    if let Err(error) = served.await {
+        tracing::debug!(peer = %client, identity = %ends.peer, %error, "tunnel ended");
+    }
+}
+
+async fn accept(pod: &PodProxy, socket: TcpStream, client: SocketAddr) -> Result<hbone::ServerTunnel, Error> {
+    // Held until the peer has proven who it is, so that strangers cannot pile up handshakes.
+    let _permit = pod.node.unauthenticated.acquire(client.ip()).map_err(|refused| {
+        let _ = crate::sys::socket::reset_on_close(&socket);
+        Error::Limit("connections that are not authenticated yet", refused)
+    })?;
+    let workload = pod.local_workload().await?;
+    let identity = workload.identity()?;
+    let credential = pod.node.credentials.fetch(&identity).await?;
+    Ok(hbone::accept(socket, client, &credential, &pod.node.hbone).await.map_err(Arc::new)?)
+}
+
+/// Serves one CONNECT.
+async fn request(pod: Arc<PodProxy>, tunnel: Tunnel, incoming: Incoming, mut drain: DrainWatcher) {
+    let (routed, asked) = match route_request(&pod, &tunnel, &incoming).await {
+        Ok(decided) => decided,
+        Err((refusal, error)) => {
+            incoming.refuse(refusal);
+            return pod.refuse(Reporter::Destination, tunnel.client, Some(tunnel.local), &error);
+        }
+    };
+    let record = pod.node.telemetry.opened(facts(&pod, &tunnel, &routed, &asked));
+    let live = LiveConnection {
+        reporter: Reporter::Destination,
+        source: tunnel.client,
+        original: record.facts().service.as_ref().map(|service| service.hostname.clone()),
+        actual: routed.target,
+        protocol: Protocol::Hbone,
+    };
+    let _live = pod.connections.register(live);
+    let end = Box::pin(carry(&pod, incoming, (routed, &tunnel.peer), &record, &mut drain)).await;
+    record.close(end);
+}
+
+async fn carry(
+    pod: &PodProxy,
+    mut incoming: Incoming,
+    (routed, peer): (super::session::Routed, &SpiffeId),
+    record: &OpenConnection,
+    drain: &mut DrainWatcher,
+) -> ConnectionEnd {
+    let workload = routed.identified.workload.clone();
+    let establish = async {
+        let cleared = routed.permit(&pod.guard).await?;
+        // One peer's dials must not take every descriptor of the node.
+        let _dial = pod.node.dials.acquire(peer.clone()).map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
+        cleared.connect(&pod.sockets).await
+    };
+    let established: Result<Connected, Error> = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        established = Box::pin(establish) => established,
+        () = incoming.abandoned() => Err(Error::Abandoned),
+    };
+    let connected = match established {
+        Ok(connected) => connected,
+        Err(error) => {
+            incoming.refuse(match error {
+                Error::Rejected(_) | Error::Cut(_) => Refusal::Denied,
+                _ => Refusal::Unavailable,
+            });
+            return error.end();
+        }
+    };
+    let response = ConnectResponse { baggage: pod.node.config.baggage.then(|| Baggage::of(&workload)) };
+    match incoming.accept(&response) {
+        Ok(stream) => connected.relay(Client::Tunnel(stream), &record.meter(), drain).await,
+        Err(_) => Error::Abandoned.end(),
+    }
+}
+
+async fn route_request(pod: &PodProxy, tunnel: &Tunnel, incoming: &Incoming) -> Result<(super::session::Routed, ConnectRequest), (Refusal, Error)> {
+    let asked = incoming.request().map_err(|error| (Refusal::BadRequest, Error::from(error.clone())))?;
+    let workload = pod.local_workload().await.map_err(|error| (Refusal::Unavailable, error))?;
+    let world = pod.node.mesh.current();
+    let validated = route::inbound::validate(&workload, &asked.authority, tunnel.local);
+    let validated = validated.map_err(|error| (Refusal::BadRequest, error.into()))?;
+    let target = validated.resolve(&world.snapshot, &pod.node.config.route).map_err(|error| (Refusal::Unavailable, error.into()))?;
+    let identified: Identified = Accepted { source: tunnel.client, destination: tunnel.local }.identified(Some(tunnel.peer.clone()), workload);
+    Ok((identified.routed(target), asked.clone()))
+}
+
+fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &super::session::Routed, asked: &ConnectRequest) -> ConnectionFacts {
+    let world = pod.node.mesh.current();
+    let config = &pod.node.config;
+    // A request that says it comes from another network came through a gateway, whose address says nothing (reference, dataplane §4.7).
+    let through_gateway = asked.forwarded_network.as_ref().is_some_and(|network| !network.eq_ignore_ascii_case(&config.route.network));
+    let source = if through_gateway { None } else { world.snapshot.workload_by_address(&config.route.network, tunnel.client.ip()) };
+    let workload = &routed.identified.workload;
+    let named = asked.forwarded.as_deref().and_then(|value| route::inbound::forwarded_host(value.as_bytes()));
+    let hint = named.or(match &asked.authority {
+        Authority::Host(host, _) => Some(host.as_str()),
+        Authority::Address(_) => None,
+    });
+    ConnectionFacts {
+        reporter: Reporter::Destination,
+        source: PeerFacts {
+            address: tunnel.client,
+            workload: source,
+            identity: Some(tunnel.peer.clone()),
+            baggage: asked.baggage.clone().filter(|_| config.baggage),
+        },
+        destination: PeerFacts {
+            address: routed.identified.accepted.destination,
+            workload: Some(workload.clone()),
+            identity: workload.identity().ok(),
+            baggage: None,
+        },
+        service: service_facts(route::inbound::intended_service(&world.snapshot, workload, hint, routed.target.port())),
+        hbone_target: Some(asked.authority.to_string()),
+        mutual_tls: true,
+    }
+}

@@ -1,0 +1,162 @@
+//! Outbound: connections that a pod opens, caught on 15001 (reference, dataplane §3.3). No policy is asked here: the destination's side decides.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+
+use super::connections::{LiveConnection, Protocol};
+use super::pod::PodProxy;
+use super::route::{self, Entry, Route};
+use super::session::{Error, closed, service_facts};
+use crate::forward::relay;
+use crate::hbone::{ConnectRequest, PoolKey, Role};
+use crate::lifecycle::drain::DrainWatcher;
+use crate::model::{Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
+use crate::sys::socket::original_destination;
+use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter, ResponseFlag};
+
+/// Serves one captured connection from accept to close.
+pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) {
+    let _open = pod.node.telemetry.socket_opened(Reporter::Source);
+    let target = match original_destination(&socket) {
+        Ok(target) => target,
+        Err(error) => return pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error)),
+    };
+    let (source, route) = match decide(&pod, target).await {
+        Ok(decided) => decided,
+        Err(error) => return pod.refuse(Reporter::Source, client, Some(target), &error),
+    };
+    let facts = facts(&source, client, &route);
+    let record = pod.node.telemetry.opened(facts);
+    let live = LiveConnection {
+        reporter: Reporter::Source,
+        source: client,
+        original: Some(target.to_string().into()),
+        actual: next_hop(&route),
+        protocol: if matches!(route, Route::Hbone { .. }) { Protocol::Hbone } else { Protocol::Tcp },
+    };
+    let _live = pod.connections.register(live);
+    let outcome = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        outcome = Box::pin(carry(&pod, socket, Journey { client, source, route }, &record)) => outcome,
+    };
+    record.close(match outcome {
+        Ok(()) => ConnectionEnd { flag: ResponseFlag::Ok, error: None, policy: None },
+        Err(error) => error.end(),
+    });
+}
+
+/// The address that is dialled.
+fn next_hop(route: &Route) -> SocketAddr {
+    match route {
+        Route::Passthrough { destination, .. } => *destination,
+        Route::Tcp { address, .. } => *address,
+        Route::Hbone { next_hop, .. } => *next_hop,
+    }
+}
+
+/// The service that the client meant.
+fn service(route: &Route) -> Option<&Arc<Service>> {
+    match route {
+        Route::Passthrough { service, .. } | Route::Tcp { service, .. } | Route::Hbone { service, .. } => service.as_ref(),
+    }
+}
+
+struct Journey {
+    client: SocketAddr,
+    source: Arc<Workload>,
+    route: Route,
+}
+
+async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Route), Error> {
+    // Before the wait for the workload: a loop must end at once.
+    route::refuse_recursion(Entry::Outbound, target, &pod.node.config.route)?;
+    let source = pod.local_workload().await?;
+    let world = pod.node.mesh.current();
+    let route = route::outbound(&world.snapshot, &pod.node.config.route, &source, target, &mut rand::rng())?;
+    Ok((source, route))
+}
+
+async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, record: &OpenConnection) -> Result<(), Error> {
+    match &journey.route {
+        Route::Passthrough { .. } | Route::Tcp { .. } => {
+            let upstream = pod.sockets.connect(next_hop(&journey.route), None).await.map_err(Error::Connect)?;
+            closed(relay(socket, upstream, &record.meter()).await)
+        }
+        Route::Hbone { workload, authority, expected, next_hop, .. } => {
+            let identity = journey.source.identity()?;
+            let credential = pod.node.credentials.fetch(&identity).await?;
+            let key = PoolKey {
+                source: identity,
+                source_ip: journey.client.ip(),
+                expected: expected.clone(),
+                next_hop: *next_hop,
+                destination: workload.uid.clone(),
+                generation: credential.generation,
+            };
+            let request = ConnectRequest {
+                authority: authority.clone(),
+                baggage: Some(Baggage::of(&journey.source)),
+                forwarded: Some(forwarded(journey.client, service(&journey.route).map(|service| &service.hostname))),
+                traceparent: Some(traceparent(&mut rand::rng())),
+                forwarded_network: None,
+            };
+            let (stream, _answer, _peer) = pod.pool.open(&key, &credential, &request).await?;
+            closed(stream.relay(socket, Role::Client, &record.meter()).await)
+        }
+    }
+}
+
+fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> ConnectionFacts {
+    let (destination, hbone_target, mutual_tls) = match route {
+        Route::Passthrough { .. } => (None, None, false),
+        Route::Tcp { workload, .. } => (Some(workload.clone()), None, false),
+        Route::Hbone { workload, authority, .. } => (Some(workload.clone()), Some(authority.to_string()), true),
+    };
+    let identity = |workload: &Workload| -> Option<SpiffeId> { workload.identity().ok() };
+    let destination_identity = destination.as_deref().and_then(identity);
+    ConnectionFacts {
+        reporter: Reporter::Source,
+        source: PeerFacts { address: client, workload: Some(source.clone()), identity: identity(source).filter(|_| mutual_tls), baggage: None },
+        destination: PeerFacts { address: next_hop(route), workload: destination, identity: destination_identity, baggage: None },
+        service: service_facts(service(route).cloned()),
+        hbone_target,
+        mutual_tls,
+    }
+}
+
+/// `for="<client>"` with `;host=<service>` when the service is known (reference, dataplane §2.3).
+fn forwarded(client: SocketAddr, host: Option<&Text>) -> String {
+    let client = canonical_socket(client);
+    match host {
+        Some(host) => format!("for=\"{client}\";host={host}"),
+        None => format!("for=\"{client}\""),
+    }
+}
+
+/// A fresh W3C trace context, not sampled.
+fn traceparent(random: &mut impl rand::Rng) -> String {
+    format!("00-{:032x}-{:016x}-00", random.next_u64() as u128 | (u128::from(random.next_u64()) << 64), random.next_u64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwarded_names_the_client_and_the_service() {
+        let v4: SocketAddr = ([10, 0, 0, 1], 80).into();
+        let v6: SocketAddr = (std::net::Ipv6Addr::LOCALHOST, 80).into();
+        assert_eq!(forwarded(v4, None), "for=\"10.0.0.1:80\"");
+        assert_eq!(forwarded(v6, Some(&"web.default.svc.cluster.local".into())), "for=\"[::1]:80\";host=web.default.svc.cluster.local");
+    }
+
+    #[test]
+    fn traceparent_is_55_characters_of_w3c_form() {
+        let value = traceparent(&mut rand::rng());
+        assert_eq!(value.len(), 55);
+        assert!(value.starts_with("00-") && value.ends_with("-00"));
+    }
+}

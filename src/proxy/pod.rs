@@ -1,0 +1,104 @@
+//! The proxy of one pod: three listeners, a pool of tunnels, and the policy of the pod's workload.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+
+use super::accept::accept_loop;
+use super::connections::ConnectionTable;
+use super::guard::{Derivation, Guard};
+use super::session::Error;
+use super::sockets::PodSockets;
+use super::{Node, inbound, outbound, plaintext};
+use crate::discovery::LocalName;
+use crate::hbone::Pool;
+use crate::lifecycle::drain::{DrainMode, DrainWatcher};
+use crate::model::Workload;
+use crate::telemetry::{EarlyRefusal, Reporter};
+
+/// One pod's proxy. Lives as long as one of its connections does.
+pub struct PodProxy {
+    pub(super) node: Arc<Node>,
+    pub(super) name: LocalName,
+    pub(super) sockets: PodSockets,
+    pub(super) pool: Pool,
+    pub(super) guard: Guard,
+    pub(super) connections: Arc<ConnectionTable>,
+    _derivation: Derivation,
+}
+
+impl PodProxy {
+    /// A proxy for the pod called `name`, whose connections go out of `sockets`.
+    #[must_use]
+    pub fn new(node: Arc<Node>, name: LocalName, sockets: PodSockets) -> Arc<Self> {
+        let (guard, derivation) = Guard::derive(&node.mesh, name.clone());
+        let pool = Pool::new(node.hbone.clone(), Arc::new(sockets.clone()));
+        Arc::new(Self { node, name, sockets, pool, guard, connections: Arc::default(), _derivation: derivation })
+    }
+
+    /// The live connections, for `config_dump`.
+    #[must_use]
+    pub fn connections(&self) -> &Arc<ConnectionTable> {
+        &self.connections
+    }
+
+    /// The pod's workload as the mesh knows it now; waits for it as configured (reference, dataplane §3.3 step 1).
+    pub(super) async fn local_workload(&self) -> Result<Arc<Workload>, Error> {
+        let found = self.node.mesh.wait_for_local(&self.name, self.node.config.workload_timeout).await;
+        found.ok_or_else(|| Error::LocalWorkloadUnknown(self.name.to_string()))
+    }
+
+    /// Records a connection that was refused before anything was known about it.
+    pub(super) fn refuse(&self, reporter: Reporter, source: SocketAddr, destination: Option<SocketAddr>, error: &Error) {
+        let unknown = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+        self.node.telemetry.refused_early(&EarlyRefusal {
+            direction: reporter,
+            source,
+            destination: destination.unwrap_or(unknown),
+            reason: error.refusal_reason(),
+            error: error.to_string(),
+        });
+    }
+
+    /// Serves 15001 until a drain begins.
+    pub fn serve_outbound(self: &Arc<Self>, listener: TcpListener, drain: DrainWatcher) {
+        let pod = self.clone();
+        self.serve(listener, drain, move |socket, client, drain| {
+            tokio::spawn(outbound::serve(pod.clone(), socket, client, drain));
+        });
+    }
+
+    /// Serves 15006 until a drain begins.
+    pub fn serve_plaintext(self: &Arc<Self>, listener: TcpListener, drain: DrainWatcher) {
+        let pod = self.clone();
+        self.serve(listener, drain, move |socket, client, drain| {
+            tokio::spawn(plaintext::serve(pod.clone(), socket, client, drain));
+        });
+    }
+
+    /// Serves 15008 until a drain begins.
+    pub fn serve_hbone(self: &Arc<Self>, listener: TcpListener, drain: DrainWatcher) {
+        let pod = self.clone();
+        self.serve(listener, drain, move |socket, client, drain| {
+            tokio::spawn(inbound::serve(pod.clone(), socket, client, drain));
+        });
+    }
+
+    fn serve(
+        self: &Arc<Self>,
+        listener: TcpListener,
+        drain: DrainWatcher,
+        on_connection: impl Fn(tokio::net::TcpStream, SocketAddr, DrainWatcher) + Send + 'static,
+    ) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let handed = drain.clone();
+            accept_loop(listener, drain.clone(), move |socket, client| on_connection(socket, client, handed.clone())).await;
+            if drain.mode() == Some(DrainMode::Immediate) {
+                // The pod is gone: nobody can be told, and its tunnels must not outlive it.
+                pod.pool.abort();
+            }
+        });
+    }
+}

@@ -1,0 +1,36 @@
+//! Certificates of local workloads are fetched before the first connection needs them, and forgotten with the last pod (reference,
+//! dataplane §7.3).
+
+use std::collections::HashSet;
+
+use crate::discovery::Mesh;
+use crate::identity::Credentials;
+use crate::model::{SpiffeId, TunnelProtocol};
+
+/// Follows the mesh until it ends. Only workloads of this node that take HBONE count.
+pub async fn prefetch_certificates(mesh: Mesh, credentials: Credentials) {
+    let mut worlds = mesh.subscribe();
+    let mut known = HashSet::new();
+    loop {
+        let wanted = local_identities(&worlds.borrow_and_update());
+        for identity in wanted.difference(&known) {
+            credentials.prefetch(identity.clone());
+        }
+        for identity in known.difference(&wanted) {
+            credentials.forget(identity);
+        }
+        known = wanted;
+        if worlds.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn local_identities(world: &crate::discovery::World) -> HashSet<SpiffeId> {
+    world
+        .snapshot
+        .local_workloads()
+        .filter(|workload| workload.profile.protocol == TunnelProtocol::Hbone || workload.profile.native_tunnel)
+        .filter_map(|workload| workload.identity().ok())
+        .collect()
+}

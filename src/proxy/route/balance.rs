@@ -1,0 +1,74 @@
+//! The choice of an endpoint (reference, dataplane §3.4).
+
+use std::sync::Arc;
+
+use rand::Rng;
+use rand::seq::IndexedRandom;
+
+use crate::model::{LoadBalancing, LoadBalancingMode, Scope, Service, Snapshot, Workload};
+
+/// Chooses an endpoint of a service for a service port, and its target port: of the endpoints that can take the
+/// connection, those that are nearest by the service's preferences, weighted by capacity. `None` if the service does not
+/// have the port, or nobody can take it.
+pub(super) fn choose(snapshot: &Snapshot, service: &Service, source: &Workload, port: u16, rng: &mut impl Rng) -> Option<(Arc<Workload>, u16)> {
+    let service_target = service.ports.target(port)?;
+    let preferences = service.load_balancing.as_ref().filter(|balancing| prefers(balancing.mode));
+    let candidates = snapshot.endpoints_of(service).filter_map(|(workload, ports)| {
+        // A target of 0 is a named port: the endpoint itself says where it is.
+        let target = ports.target(port).filter(|target| *target != 0).unwrap_or(service_target);
+        let rank = preferences.map_or(Some(0), |balancing| rank(balancing, source, workload))?;
+        (target != 0 && reachable(source, workload)).then_some((rank, workload, target))
+    });
+    let mut candidates: Vec<_> = candidates.collect();
+    let nearest = candidates.iter().map(|(rank, ..)| *rank).max()?;
+    candidates.retain(|(rank, ..)| *rank == nearest);
+    // An error is a sum of 0: nobody among the nearest has any capacity.
+    let (_, workload, target) = candidates.choose_weighted(rng, |(_, workload, _)| u64::from(workload.capacity)).ok()?;
+    Some((Arc::clone(workload), *target))
+}
+
+fn prefers(mode: LoadBalancingMode) -> bool {
+    matches!(mode, LoadBalancingMode::Strict | LoadBalancingMode::Failover)
+}
+
+/// Whether there is a way to this endpoint at all: an address, a name, or the gateway of its own network.
+fn reachable(source: &Workload, endpoint: &Workload) -> bool {
+    let remote = endpoint.profile.network != source.profile.network && endpoint.profile.network_gateway.is_some();
+    !endpoint.addresses.is_empty() || !endpoint.hostname.is_empty() || remote
+}
+
+/// How many preferences an endpoint shares with the source, up to the first that it does not; `None` if the mode is strict
+/// and it lacks one. A network that comes first neither ends the comparison nor can be outweighed: every endpoint of the
+/// own network is nearer than any other (reference, dataplane §3.4).
+fn rank(balancing: &LoadBalancing, source: &Workload, endpoint: &Workload) -> Option<usize> {
+    let scopes = &balancing.routing_preference;
+    let by_network = scopes.first() == Some(&Scope::Network);
+    let same_network = shares(Scope::Network, source, endpoint);
+    let mut matched = 0;
+    for (position, scope) in scopes.iter().enumerate() {
+        if shares(*scope, source, endpoint) {
+            matched += 1;
+        } else if !(by_network && position == 0) {
+            break;
+        }
+    }
+    if balancing.mode == LoadBalancingMode::Strict && matched != scopes.len() {
+        return None;
+    }
+    Some(if by_network && same_network { matched + scopes.len() - 1 } else { matched })
+}
+
+fn shares(scope: Scope, source: &Workload, endpoint: &Workload) -> bool {
+    let (ours, theirs) = (&source.profile, &endpoint.profile);
+    match scope {
+        Scope::Region => ours.locality.region == theirs.locality.region,
+        Scope::Zone => ours.locality.zone == theirs.locality.zone,
+        Scope::Subzone => ours.locality.subzone == theirs.locality.subzone,
+        Scope::Node => source.node == endpoint.node,
+        Scope::Cluster => ours.cluster_id == theirs.cluster_id,
+        Scope::Network => ours.network == theirs.network,
+    }
+}
+
+#[cfg(test)]
+mod tests;

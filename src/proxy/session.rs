@@ -1,0 +1,240 @@
+//! The journey of a connection, `Accepted → Identified → Routed → Permitted → Connected → Relaying → Closed`, as types: each step takes the
+//! one before, and [`Connected::relay`] exists only for a journey that carries a [`Permitted`]. Forgetting the policy check does not compile.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+
+use super::guard::{Guard, LiveGuard};
+use super::route::RouteError;
+use super::sockets::PodSockets;
+use crate::forward::{Ended, relay};
+use crate::hbone::{self, Role, TunnelStream};
+use crate::identity::IdentityError;
+use crate::lifecycle::PermitRefused;
+use crate::lifecycle::drain::DrainWatcher;
+use crate::model::{Service, SpiffeError, SpiffeId, Workload};
+use crate::policy::{Denial, Facts, Permitted};
+use crate::telemetry::{ConnectionEnd, Meter, RefusalReason, ResponseFlag, ServiceFacts};
+
+/// Why a connection was not served, or ended early. The wording is that of the reference (dataplane §10.5) where it has one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The pod is not in the mesh's state.
+    #[error("local workload {0} is not known")]
+    LocalWorkloadUnknown(String),
+    /// No way to the destination.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// No certificate for the pod.
+    #[error("identity error: {0}")]
+    Identity(#[from] IdentityError),
+    /// The pod's names do not make an identity.
+    #[error("identity error: {0}")]
+    Name(#[from] SpiffeError),
+    /// The tunnel failed.
+    #[error(transparent)]
+    Tunnel(#[from] Arc<hbone::Error>),
+    /// The request is no proper CONNECT.
+    #[error(transparent)]
+    BadRequest(#[from] hbone::BadRequest),
+    /// Policy refused a new connection.
+    #[error("connection closed due to policy rejection: {0}")]
+    Rejected(#[source] Denial),
+    /// Policy no longer permits a live connection.
+    #[error("connection closed due to policy change: {0}")]
+    Cut(#[source] Denial),
+    /// The destination could not be reached.
+    #[error("connection failed: {0}")]
+    Connect(#[source] io::Error),
+    /// The peer gave up before the connection was established.
+    #[error("the client left before the connection was established")]
+    Abandoned,
+    /// A limit was reached.
+    #[error("too many {0}: {1}")]
+    Limit(&'static str, #[source] PermitRefused),
+    /// The proxy or the pod is going away.
+    #[error("connection closed due to connection drain")]
+    Drained,
+    /// Moving bytes failed.
+    #[error("io error: {0}")]
+    Relay(#[source] io::Error),
+    /// The original destination cannot be read.
+    #[error("original destination unknown: {0}")]
+    OriginalDestination(#[source] io::Error),
+}
+
+impl Error {
+    /// The `response_flags` of metrics (reference, dataplane §10.4).
+    #[must_use]
+    pub fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Rejected(_) | Self::Cut(_) => ResponseFlag::Denied,
+            Self::Identity(_) | Self::Name(_) => ResponseFlag::IdentityError,
+            Self::Drained => ResponseFlag::Ok,
+            Self::Tunnel(error) => match error.as_ref() {
+                hbone::Error::Tls(_) | hbone::Error::Peer(_) => ResponseFlag::TlsFailure,
+                hbone::Error::Handshake(_) | hbone::Error::Tunnel(_) | hbone::Error::HandshakeDeadline(_) | hbone::Error::PingTimeout(_) => {
+                    ResponseFlag::H2Failure
+                }
+                hbone::Error::ConnectTimeout(_) => ResponseFlag::NetworkPolicy,
+                hbone::Error::Connect(_) | hbone::Error::Status(_) | hbone::Error::Draining => ResponseFlag::Connect,
+            },
+            _ => ResponseFlag::Connect,
+        }
+    }
+
+    /// The category of a refusal that came before anything was known.
+    pub(super) fn refusal_reason(&self) -> RefusalReason {
+        match self {
+            Self::LocalWorkloadUnknown(_) => RefusalReason::UnknownWorkload,
+            Self::Route(RouteError::RecursiveCall(_)) => RefusalReason::Loop,
+            Self::Route(RouteError::IpMismatch { .. }) => RefusalReason::BadDestination,
+            Self::Route(_) => RefusalReason::NoRoute,
+            Self::Identity(_) | Self::Name(_) => RefusalReason::Identity,
+            Self::Tunnel(_) => RefusalReason::Handshake,
+            Self::BadRequest(_) => RefusalReason::BadRequest,
+            Self::Limit(..) => RefusalReason::Overload,
+            Self::OriginalDestination(_) | Self::Connect(_) | Self::Relay(_) => RefusalReason::Io,
+            Self::Rejected(_) | Self::Cut(_) | Self::Abandoned | Self::Drained => RefusalReason::Other,
+        }
+    }
+
+    /// How the connection's record is closed.
+    #[must_use]
+    pub fn end(&self) -> ConnectionEnd {
+        let policy = match self {
+            Self::Rejected(denial) | Self::Cut(denial) => denial.policy().cloned(),
+            _ => None,
+        };
+        ConnectionEnd { flag: self.flag(), error: Some(self.to_string()), policy }
+    }
+}
+
+/// A connection that arrived.
+pub(super) struct Accepted {
+    /// The client, canonical.
+    pub(super) source: SocketAddr,
+    /// Where it arrived, canonical.
+    pub(super) destination: SocketAddr,
+}
+
+/// Who is on both ends.
+pub(super) struct Identified {
+    pub(super) accepted: Accepted,
+    /// The client as its certificate names it.
+    pub(super) identity: Option<SpiffeId>,
+    /// The pod that it wants.
+    pub(super) workload: Arc<Workload>,
+}
+
+/// Where it goes.
+pub(super) struct Routed {
+    pub(super) identified: Identified,
+    /// The address on the pod, as policy sees it and as it is dialled.
+    pub(super) target: SocketAddr,
+}
+
+/// Policy said yes.
+pub(super) struct Cleared {
+    routed: Routed,
+    permitted: Permitted,
+    guard: LiveGuard,
+}
+
+/// The application took the connection.
+pub(super) struct Connected {
+    socket: TcpStream,
+    permitted: Permitted,
+    guard: LiveGuard,
+}
+
+impl Accepted {
+    pub(super) fn identified(self, identity: Option<SpiffeId>, workload: Arc<Workload>) -> Identified {
+        Identified { accepted: self, identity, workload }
+    }
+}
+
+impl Identified {
+    pub(super) fn routed(self, target: SocketAddr) -> Routed {
+        Routed { identified: self, target }
+    }
+}
+
+impl Routed {
+    /// Asks policy.
+    pub(super) async fn permit(self, guard: &Guard) -> Result<Cleared, Error> {
+        let facts = Facts {
+            identity: self.identified.identity.clone(),
+            source_ip: self.identified.accepted.source.ip(),
+            destination_ip: self.target.ip(),
+            destination_port: self.target.port(),
+        };
+        let decision = guard.permit(facts).await;
+        let unknown = || Error::LocalWorkloadUnknown(self.identified.workload.uid.to_string());
+        let (permitted, guard) = decision.ok_or_else(unknown)?.map_err(Error::Rejected)?;
+        Ok(Cleared { routed: self, permitted, guard })
+    }
+}
+
+impl Cleared {
+    /// Dials the application, which shall see the client's address.
+    pub(super) async fn connect(self, sockets: &PodSockets) -> Result<Connected, Error> {
+        let Self { routed, permitted, mut guard } = self;
+        let source = routed.identified.accepted.source;
+        tokio::select! {
+            biased;
+            denial = guard.denied() => Err(Error::Cut(denial)),
+            socket = sockets.connect(routed.target, Some(source)) => {
+                let socket = socket.map_err(Error::Connect)?;
+                Ok(Connected { socket, permitted, guard })
+            }
+        }
+    }
+}
+
+/// The side that the client is on.
+pub(super) enum Client {
+    /// A plain socket.
+    Plain(TcpStream),
+    /// A stream of a tunnel.
+    Tunnel(TunnelStream),
+}
+
+impl Connected {
+    /// Moves bytes until both ends are done, policy changes its mind, or a drain ends it.
+    pub(super) async fn relay(self, client: Client, meter: &Meter, drain: &mut DrainWatcher) -> ConnectionEnd {
+        let Self { socket, permitted, mut guard } = self;
+        let transfer = async {
+            match client {
+                Client::Plain(client) => relay(client, socket, meter).await,
+                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter).await,
+            }
+        };
+        let end = tokio::select! {
+            biased;
+            denial = guard.denied() => Err(Error::Cut(denial)),
+            () = drain.forced() => Err(Error::Drained),
+            ended = Box::pin(transfer) => closed(ended),
+        };
+        match end {
+            Ok(()) => ConnectionEnd { flag: ResponseFlag::Ok, error: None, policy: permitted.policy().cloned() },
+            Err(error) => error.end(),
+        }
+    }
+}
+
+/// A service as telemetry names it.
+pub(super) fn service_facts(service: Option<Arc<Service>>) -> Option<ServiceFacts> {
+    service.map(|service| ServiceFacts { hostname: service.hostname.clone(), namespace: service.namespace.clone(), name: service.name.clone() })
+}
+
+/// A peer that hangs up ends the connection but is no failure (reference, dataplane §2.6).
+pub(super) fn closed(ended: Ended) -> Result<(), Error> {
+    match ended {
+        Ended::Finished | Ended::Disconnected(_) => Ok(()),
+        Ended::Failed(error) => Err(Error::Relay(error)),
+    }
+}

@@ -1,0 +1,62 @@
+//! Sockets where the pod's own would be: in its network namespace, marked, with the source address that the destination shall see.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::Config;
+use crate::hbone::Dialer;
+use crate::sys::netns::NetNs;
+use crate::sys::socket::{DialOptions, dial_socket};
+
+/// Dials for one pod.
+#[derive(Clone)]
+pub struct PodSockets {
+    netns: Option<NetNs>,
+    options: DialOptions,
+    connect_timeout: Duration,
+    may_spoof: bool,
+}
+
+impl PodSockets {
+    /// Sockets of the pod in `netns`, or of this process's own namespace. `may_spoof` is what the pod's listeners found out about
+    /// transparency.
+    #[must_use]
+    pub fn new(netns: Option<NetNs>, may_spoof: bool, config: &Config) -> Self {
+        let user_timeout = config.keepalive.as_ref().filter(|_| config.user_timeout).map(crate::sys::socket::Keepalive::user_timeout);
+        let options = DialOptions { mark: config.mark, keepalive: config.keepalive, user_timeout };
+        Self { netns, options, connect_timeout: config.connect_timeout, may_spoof }
+    }
+
+    /// Connects within the connect timeout. With a `source`, the destination sees that address if the kernel allows it (reference, dataplane
+    /// §1.6).
+    ///
+    /// # Errors
+    /// Those of the connect; [`io::ErrorKind::TimedOut`] after the timeout.
+    pub async fn connect(&self, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+        let source = source.filter(|_| self.may_spoof);
+        let make = || dial_socket(target, source, &self.options);
+        let (socket, spoofed) = match &self.netns {
+            Some(netns) => netns.run(make)??,
+            None => make()?,
+        };
+        if source.is_some_and(|source| source.ip() != target.ip()) && !spoofed {
+            tracing::debug!(%target, "the source address could not be kept");
+        }
+        let socket = TcpSocket::from_std_stream(socket.into());
+        match tokio::time::timeout(self.connect_timeout, socket.connect(target)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer from {target} within {:?}", self.connect_timeout))),
+        }
+    }
+}
+
+impl Dialer for PodSockets {
+    fn dial(&self, target: SocketAddr) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send + '_>> {
+        Box::pin(self.connect(target, None))
+    }
+}
