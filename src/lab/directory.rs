@@ -2,11 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::Error;
-use crate::sys::process::{Process, start_time};
+use crate::sys::process::{Process, start_time, user_id};
 
 /// `sockaddr_un` takes 108 bytes; some of them are left to the names below a lab's directory.
 const LONGEST_SOCKET: usize = 100;
@@ -65,6 +65,11 @@ impl Base {
         let shown = self.0.display();
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(&self.0).map_err(Error::failed(format!("cannot create {shown}")))?;
+        let found = fs::symlink_metadata(&self.0).map_err(Error::failed(format!("cannot look at {shown}")))?;
+        // Below /tmp somebody else may have been there first, and would own what we trust.
+        if !found.is_dir() || found.uid() != user_id() || found.mode() & 0o022 != 0 {
+            return Err(Error::State(format!("{shown} is not a directory that only this user can write to: remove it, or choose another --run-dir")));
+        }
         let directory = File::open(&self.0).map_err(Error::failed(format!("cannot open {shown}")))?;
         directory.lock().map_err(Error::failed(format!("cannot lock {shown}")))?;
         Ok(directory)
@@ -90,10 +95,13 @@ impl Base {
         Ok(directory)
     }
 
-    /// Removes the base directory if no lab is left in it.
+    /// Removes the base directory if no lab is left in it, and a directory of ours around it likewise.
     pub(super) fn tidy(&self) {
-        // Not empty, or not ours: both are fine.
-        fs::remove_dir(&self.0).ok();
+        let around = self.0.parent().filter(|around| around.file_name().is_some_and(|name| name.to_string_lossy().starts_with("culvert")));
+        for path in [Some(self.0.as_path()), around].into_iter().flatten() {
+            // Not empty, or not ours: both are fine.
+            fs::remove_dir(path).ok();
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! descriptor only, builds the links ([`topology`]), starts proxies and pod commands, and answers on a socket ([`control`]). When the
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
-mod capture;
+mod pod;
 pub mod control;
 pub mod definition;
 pub mod demo;
@@ -18,6 +18,8 @@ mod mesh;
 mod plan;
 pub mod policies;
 pub mod programs;
+mod proxies;
+mod running;
 mod supervisor;
 mod tasks;
 mod topology;
@@ -26,7 +28,7 @@ pub mod wire_look;
 pub use control::Status;
 pub use definition::Definition;
 pub use directory::{Base, LabState};
-pub use handle::{Lab, Launch};
+pub use handle::{Lab, Launch, Place, enter_and_run};
 pub use supervisor::supervise;
 
 /// The name of the namespace between the nodes, where a look at the wire is taken.

@@ -78,7 +78,12 @@ impl Plan {
         } else if self.nodes.len() != definition.nodes.len() || definition.nodes.iter().any(|node| !self.nodes.contains_key(&node.name)) {
             return Err(Error::Definition("nodes: the nodes of a running lab cannot change".to_owned()));
         }
-        self.pods.retain(|key, _| definition.pods.iter().any(|pod| pod_key(pod) == *key));
+        let nodes = &self.nodes;
+        let stays = |key: &String, addresses: &Addresses| {
+            let on = |pod: &Pod| nodes.get(&pod.node).is_some_and(|node| addresses.v4.octets()[2] == *node);
+            definition.pods.iter().any(|pod| pod_key(pod) == *key && on(pod))
+        };
+        self.pods.retain(|key, addresses| stays(key, addresses));
         self.services.retain(|host, _| definition.services.iter().any(|service| hostname(service) == *host));
         for pod in &definition.pods {
             if !self.pods.contains_key(&pod_key(pod)) {
@@ -122,7 +127,7 @@ impl Plan {
     /// The `/etc/hosts` of pods of one namespace: services by every name that Kubernetes gives them, pods by their names.
     pub(super) fn hosts(&self, definition: &Definition, own: &Pod) -> String {
         let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n".to_owned();
-        let mut line = |address: IpAddr, names: &str| drop(writeln!(text, "{address} {names}"));
+        let mut line = |address: IpAddr, names: &str| writeln!(text, "{address} {names}").unwrap_or_default();
         for service in &definition.services {
             let host = hostname(service);
             let mut names = format!("{host} {0}.{1}.svc {0}.{1}", service.name, service.namespace);
