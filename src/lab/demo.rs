@@ -162,7 +162,10 @@ fn deny(lab: &Lab) -> Result<String, String> {
         Err(error) => {
             let other = get(lab, "other-client", "http://web/")?;
             let end = end.split(" after").next().unwrap_or_default().to_owned();
-            Ok(format!("the live connection of client was {end} {} ms after the change\na new one: {error}\nother-client: \"{other}\"", cut.as_millis()))
+            Ok(format!(
+                "the live connection of client was {end} {} ms after the change\na new one: {error}\nother-client: \"{other}\"",
+                cut.as_millis()
+            ))
         }
     }
 }

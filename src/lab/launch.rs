@@ -57,7 +57,9 @@ fn leave() -> Result<(), Error> {
         Err(error) => return Err(Error::failed("cannot make the lab's namespaces")(error)),
     }
     let own = become_root_in_user_namespace().and_then(|()| leave_shared_namespaces());
-    own.map_err(|error| Error::NotAllowed(format!("a lab needs root with CAP_SYS_ADMIN, or user namespaces, and this machine gives neither{}", hint(&error))))
+    own.map_err(|error| {
+        Error::NotAllowed(format!("a lab needs root with CAP_SYS_ADMIN, or user namespaces, and this machine gives neither{}", hint(&error)))
+    })
 }
 
 /// Which setting most likely stands in the way.
