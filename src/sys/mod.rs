@@ -6,8 +6,10 @@
 //! person what to do, the error carries a sentence.
 
 pub mod limits;
+pub mod link;
 pub mod netns;
 pub mod nft;
+pub mod process;
 pub mod route;
 pub mod seqpacket;
 pub mod socket;

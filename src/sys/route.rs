@@ -25,7 +25,7 @@ pub struct MarkedLocalRoute {
 /// Installs rule and route for IPv4, or for IPv6. What is there already stays.
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`; the error says which of the two could not be added.
+/// `EPERM` without `CAP_NET_ADMIN`; `ENETDOWN` for IPv6 while `lo` is down; the error says which of the two could not be added.
 pub fn install_marked_local_route(route: &MarkedLocalRoute, ipv6: bool) -> io::Result<()> {
     // Route before rule: a packet that matches the rule always finds the route.
     for (what, message) in [("local route", local_route(route, ipv6, Change::Add)?), ("rule", rule(route, ipv6, Change::Add))] {
@@ -58,7 +58,8 @@ pub fn ipv6_usable() -> bool {
 }
 
 fn explained(verb: &str, what: &str, route: &MarkedLocalRoute, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {verb} the {what} for mark {:#x} in table {}: {error}", route.mark, route.table))
+    let hint = if error.raw_os_error() == Some(libc::ENETDOWN) { " (bring the loopback interface up first)" } else { "" };
+    io::Error::new(error.kind(), format!("cannot {verb} the {what} for mark {:#x} in table {}: {error}{hint}", route.mark, route.table))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
