@@ -48,7 +48,8 @@ impl ServerTunnel {
     /// Serves until the peer leaves, stops answering PINGs, or a drain ends it. A graceful drain sends GOAWAY and lets streams finish; an
     /// immediate one drops everything.
     pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming) + Send + 'static) -> Result<(), Error> {
-        let (tunnel, inbox) = engine::server(self.established, self.config, move |asked| on_request(Incoming::new(asked)))?;
+        let tunnel = engine::server(self.established, self.config, move |asked| on_request(Incoming::new(asked)))?;
+        let inbox = tunnel.inbox().clone();
         let told = async move {
             if drain.signaled().await == DrainMode::Graceful {
                 // A tunnel that has ended needs no drain.

@@ -53,7 +53,12 @@ impl State {
 }
 
 /// Makes a tunnel on a connected socket: TLS with our credential within [`Config::handshake_deadline`], and the peer must be one of `expected`.
-pub(super) async fn handshake(socket: TcpStream, credential: &Credential, expected: &[SpiffeId], config: &Arc<Config>) -> Result<ClientTunnel, Error> {
+pub(super) async fn handshake(
+    socket: TcpStream,
+    credential: &Credential,
+    expected: &[SpiffeId],
+    config: &Arc<Config>,
+) -> Result<ClientTunnel, Error> {
     let address = socket.peer_addr().map_err(Error::Connect)?;
     let established = match tokio::time::timeout(config.handshake_deadline, Box::pin(engine::connect(socket, credential))).await {
         Ok(established) => established?,
@@ -61,7 +66,8 @@ pub(super) async fn handshake(socket: TcpStream, credential: &Credential, expect
     };
     let peer = expect_peer(&established.chain, expected)?;
     let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
-    let (tunnel, inbox) = engine::client(established, config.clone())?;
+    let tunnel = engine::client(established, config.clone())?;
+    let inbox = tunnel.inbox().clone();
     tokio::spawn(drive(tunnel, state.clone(), address));
     Ok(ClientTunnel { peer, inbox, state, max_streams: usize::from(config.pool_max_streams).max(1) })
 }

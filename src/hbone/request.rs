@@ -270,7 +270,8 @@ mod tests {
 
     #[test]
     fn a_malformed_traceparent_is_ignored() {
-        for bad in ["", "00-00-00-00", "0123456789abcdef0123456789abcdef0123456789abcdef0123456", &format!("00-{}-{}-0g", "a".repeat(32), "b".repeat(16))]
+        for bad in
+            ["", "00-00-00-00", "0123456789abcdef0123456789abcdef0123456789abcdef0123456", &format!("00-{}-{}-0g", "a".repeat(32), "b".repeat(16))]
         {
             assert!(!well_formed_traceparent(bad), "{bad}");
         }

@@ -77,10 +77,7 @@ fn expand_label(suite: Suite, secret: &[u8], label: &str, out: &mut [u8]) -> Res
     let full = 6 + label.len();
     let full = [u8::try_from(full).map_err(|_| RecordError::Exhausted)?];
     let info = [&length[..], &full, b"tls13 ", label.as_bytes(), &[0]];
-    Prk::new_less_safe(suite.hkdf(), secret)
-        .expand(&info, Length(out.len()))
-        .and_then(|okm| okm.fill(out))
-        .map_err(|_| RecordError::Exhausted)
+    Prk::new_less_safe(suite.hkdf(), secret).expand(&info, Length(out.len())).and_then(|okm| okm.fill(out)).map_err(|_| RecordError::Exhausted)
 }
 
 impl Keys {

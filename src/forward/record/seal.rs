@@ -56,7 +56,7 @@ impl Sealer {
         }
         let (header, rest) = slot.split_at_mut(HEADER);
         let (plain, tag) = rest.split_at_mut(body - TAG);
-        let length = (body as u16).to_be_bytes();
+        let length = u16::try_from(body).map_err(|_| RecordError::Overflow)?.to_be_bytes();
         header.copy_from_slice(&[Content::ApplicationData.code(), 3, 3, length[0], length[1]]);
         plain[body - TAG - 1] = content.code();
         let nonce = self.keys.nonce(self.state.sequence);

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 
 fn pair(suite: Suite) -> (Sealer, Opener) {

@@ -2,37 +2,20 @@
 
 use std::ops::Range;
 
-use tokio::sync::oneshot;
-
-use super::super::{ConnectResponse, Error};
+use super::super::Error;
 use super::command::Answered;
 use super::frame::{self, Head, Reason};
-use super::stream::{Phase, Stream};
-use super::tunnel::{Life, Side, Tunnel};
-use super::{Asked, INITIAL_WINDOW, MAX_WINDOW};
+use super::stream::Phase;
+use super::tunnel::{Side, Tunnel};
+use super::{INITIAL_WINDOW, MAX_WINDOW};
 use crate::forward::Ended;
 use crate::forward::record::{Content, Sealer};
-use crate::hbone::hpack;
-use crate::hbone::request::Fields;
-
-/// Fragments of one header block; our peers need one or two (CVE-2024-27919 and its family).
-const MAX_FRAGMENTS: u32 = 8;
 
 /// The frame that is being walked through.
 pub(super) struct Frame {
     head: Head,
     /// Octets of padding, once they are known.
     padding: Option<usize>,
-    /// Octets of payload and padding that are still to come.
-    left: usize,
-}
-
-/// A header block whose end has not come yet.
-pub(super) struct HeaderBlock {
-    stream: u32,
-    end_stream: bool,
-    fragments: u32,
-    bytes: Vec<u8>,
 }
 
 /// What the peer said about itself.
@@ -88,7 +71,7 @@ impl Tunnel {
         self.flush_spans(buffer);
         check_shape(head)?;
         self.gathered.clear();
-        self.frame = Some(Frame { head, padding: None, left: head.length });
+        self.frame = Some(Frame { head, padding: None });
         if head.length == 0 { self.finish(head) } else { Ok(()) }
     }
 
@@ -103,21 +86,21 @@ impl Tunnel {
             None if self.is_idle(head.stream) => return Err(Reason::PROTOCOL_ERROR),
             None => self.temper.idle_frame()?,
         }
-        if head.length < 64 {
+        if head.length == 0 && !head.has(frame::END_STREAM) {
             self.temper.idle_frame()?;
         }
         let padding = if head.has(frame::PADDED) { None } else { Some(0) };
         if padding.is_none() && head.length == 0 {
             return Err(Reason::FRAME_SIZE_ERROR);
         }
-        self.frame = Some(Frame { head, padding, left: head.length });
+        self.frame = Some(Frame { head, padding });
         if head.length == 0 { self.finish_data(buffer, head) } else { Ok(()) }
     }
 
-    fn is_idle(&self, id: u32) -> bool {
+    pub(super) fn is_idle(&self, id: u32) -> bool {
         match self.side {
-            Side::Client => id % 2 == 0 || id >= self.next_id,
-            Side::Server(_) => id % 2 == 0 || id > self.last_peer_id,
+            Side::Client => id.is_multiple_of(2) || id >= self.next_id,
+            Side::Server(_) => id.is_multiple_of(2) || id > self.last_peer_id,
         }
     }
 
@@ -126,7 +109,6 @@ impl Tunnel {
         let Some(frame) = &mut self.frame else { return Err(Reason::PROTOCOL_ERROR) };
         let head = frame.head;
         if head.kind == frame::DATA {
-            frame.left -= range.len();
             if frame.padding.is_none() {
                 let padding = buffer.get(range.start).copied().map_or(0, usize::from);
                 if padding >= head.length {
@@ -141,7 +123,7 @@ impl Tunnel {
             let beyond = padding.saturating_sub(left).min(range.len());
             range.end -= beyond;
             if !range.is_empty() {
-                self.data(buffer, head.stream, range)?;
+                self.data(buffer, head.stream, range);
             }
             return if left == 0 { self.finish_data(buffer, head) } else { Ok(()) };
         }
@@ -153,9 +135,8 @@ impl Tunnel {
 
     /// Padding counts for flow control and is given back at once.
     fn return_padding(&mut self, id: u32, octets: usize) {
-        match self.streams.slot_of(id) {
-            Some(slot) => self.credit(slot, octets),
-            None => self.return_connection(octets),
+        if let Some(slot) = self.streams.slot_of(id) {
+            self.credit(slot, octets);
         }
     }
 
@@ -265,11 +246,8 @@ impl Tunnel {
         let Some(slot) = self.streams.slot_of(head.stream) else { return Ok(()) };
         let Some(stream) = self.streams.at(slot) else { return Ok(()) };
         stream.send_window += i64::from(increment);
-        let reason = if increment == 0 {
-            Some(Reason::PROTOCOL_ERROR)
-        } else {
-            (stream.send_window > MAX_WINDOW).then_some(Reason::FLOW_CONTROL_ERROR)
-        };
+        let reason =
+            if increment == 0 { Some(Reason::PROTOCOL_ERROR) } else { (stream.send_window > MAX_WINDOW).then_some(Reason::FLOW_CONTROL_ERROR) };
         if let Some(reason) = reason {
             self.temper.local_reset()?;
             self.abandon(slot, Ended::Failed(std::io::Error::other(format!("the peer broke flow control: {reason}"))), Some(reason));
@@ -343,141 +321,6 @@ impl Tunnel {
         Ok(())
     }
 
-    fn headers(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
-        let mut fragment = payload;
-        let mut padding = 0;
-        if head.has(frame::PADDED) {
-            let (length, rest) = fragment.split_first().ok_or(Reason::FRAME_SIZE_ERROR)?;
-            (padding, fragment) = (usize::from(*length), rest);
-        }
-        if head.has(frame::WITH_PRIORITY) {
-            fragment = fragment.get(5..).ok_or(Reason::FRAME_SIZE_ERROR)?;
-        }
-        let end = fragment.len().checked_sub(padding).ok_or(Reason::PROTOCOL_ERROR)?;
-        let bytes = fragment.get(..end).unwrap_or_default().to_vec();
-        let block = HeaderBlock { stream: head.stream, end_stream: head.has(frame::END_STREAM), fragments: 1, bytes };
-        self.take_block(block, head.has(frame::END_HEADERS))
-    }
-
-    fn continuation(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
-        let Some(mut block) = self.block.take() else { return Err(Reason::PROTOCOL_ERROR) };
-        if block.stream != head.stream {
-            return Err(Reason::PROTOCOL_ERROR);
-        }
-        block.fragments += 1;
-        block.bytes.extend_from_slice(payload);
-        self.take_block(block, head.has(frame::END_HEADERS))
-    }
-
-    fn take_block(&mut self, block: HeaderBlock, whole: bool) -> Result<(), Reason> {
-        // Twice the list, since encoding may make it longer; a peer that needs more is not one of ours.
-        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.config.header_list as usize {
-            return Err(Reason::ENHANCE_YOUR_CALM);
-        }
-        if !whole {
-            self.block = Some(block);
-            return Ok(());
-        }
-        let mut fields = Fields::default();
-        let fits = self
-            .decoder
-            .decode(&block.bytes, self.config.header_list as usize, |name, value| fields.add(name, value))
-            .map_err(|_| Reason::COMPRESSION_ERROR)?;
-        match self.side {
-            Side::Client => self.response(&block, &fields, fits),
-            Side::Server(_) => self.request(&block, fields, fits),
-        }
-    }
-
-    fn request(&mut self, block: &HeaderBlock, fields: Fields, fits: bool) -> Result<(), Reason> {
-        if let Some(slot) = self.streams.slot_of(block.stream) {
-            return self.trailers(slot, block.end_stream);
-        }
-        if block.stream % 2 == 0 || block.stream <= self.last_peer_id {
-            // A trailer of a stream that we reset, or an id used again (RFC 9113 §5.1.1).
-            return if block.stream % 2 == 1 && block.end_stream { self.temper.idle_frame() } else { Err(Reason::PROTOCOL_ERROR) };
-        }
-        self.last_peer_id = block.stream;
-        if self.life != Life::Live {
-            return Ok(());
-        }
-        let refusal = if self.streams.len() >= self.config.max_streams as usize {
-            Some(Reason::REFUSED_STREAM)
-        } else {
-            (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)
-        };
-        if let Some(reason) = refusal {
-            self.temper.local_reset()?;
-            frame::put(&mut self.control, frame::RST_STREAM, 0, block.stream, &reason.0.to_be_bytes());
-            return Ok(());
-        }
-        if !fits {
-            // 431: the fields are larger than we take (RFC 6585 §5).
-            self.temper.local_reset()?;
-            let mut answer = Vec::new();
-            hpack::status(431, &mut answer);
-            frame::put(&mut self.control, frame::HEADERS, frame::END_HEADERS | frame::END_STREAM, block.stream, &answer);
-            frame::put(&mut self.control, frame::RST_STREAM, 0, block.stream, &Reason::NO_ERROR.0.to_be_bytes());
-            return Ok(());
-        }
-        let (abandoned, told) = oneshot::channel();
-        let mut stream = Stream::new(block.stream, Phase::Asked { _abandoned: abandoned }, self.peer.initial_window, INITIAL_WINDOW);
-        stream.received_end = block.end_stream;
-        self.streams.insert(stream);
-        let asked = Asked { id: block.stream, fields, told, inbox: self.inbox.clone() };
-        if let Side::Server(on_request) = &mut self.side {
-            on_request(asked);
-        }
-        Ok(())
-    }
-
-    fn response(&mut self, block: &HeaderBlock, fields: &Fields, fits: bool) -> Result<(), Reason> {
-        if self.is_idle(block.stream) {
-            return Err(Reason::PROTOCOL_ERROR);
-        }
-        let Some(slot) = self.streams.slot_of(block.stream) else { return self.temper.idle_frame() };
-        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
-        if !matches!(stream.phase, Phase::Asking(_)) {
-            return self.trailers(slot, block.end_stream);
-        }
-        let status = fields.status();
-        if let Some(100..=199) = status
-            && !block.end_stream
-        {
-            return self.temper.idle_frame();
-        }
-        let accepted = status == Some(200) && fits;
-        let Phase::Asking(answer) = std::mem::replace(&mut stream.phase, Phase::Open) else { return Ok(()) };
-        stream.received_end = block.end_stream;
-        if accepted {
-            let id = stream.id;
-            if answer.send(Answered::Open(id, ConnectResponse { baggage: fields.baggage() })).is_err() {
-                self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
-            }
-            return Ok(());
-        }
-        let error = status.map_or_else(|| Error::Tunnel("an answer without status".into()), Error::Status);
-        let _ = answer.send(Answered::Failed(error));
-        self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
-        Ok(())
-    }
-
-    /// Trailers say nothing to a tunnel but may end it (RFC 9113 §8.1); without END_STREAM they are malformed.
-    fn trailers(&mut self, slot: u32, end_stream: bool) -> Result<(), Reason> {
-        let Some(stream) = self.streams.at(slot) else { return Ok(()) };
-        if stream.received_end {
-            return Err(Reason::STREAM_CLOSED);
-        }
-        if end_stream {
-            let id = stream.id;
-            self.end_of(id);
-            return Ok(());
-        }
-        self.temper.local_reset()?;
-        self.abandon(slot, Ended::Failed(std::io::Error::other("the peer sent trailers without an end")), Some(Reason::PROTOCOL_ERROR));
-        Ok(())
-    }
-
     pub(super) fn goaway(&mut self, reason: Reason) {
         let mut payload = self.last_peer_id.to_be_bytes().to_vec();
         payload.extend_from_slice(&reason.0.to_be_bytes());
@@ -515,7 +358,7 @@ fn check_shape(head: Head) -> Result<(), Reason> {
         frame::HEADERS | frame::CONTINUATION => (on_stream, true),
         frame::PRIORITY => (on_stream, head.length == 5),
         frame::RST_STREAM => (on_stream, head.length == 4),
-        frame::SETTINGS => (!on_stream, head.length % 6 == 0 && head.length <= 600 && (!head.has(frame::ACK) || head.length == 0)),
+        frame::SETTINGS => (!on_stream, head.length.is_multiple_of(6) && head.length <= 600 && (!head.has(frame::ACK) || head.length == 0)),
         frame::PING => (!on_stream, head.length == 8),
         frame::GOAWAY => (!on_stream, (8..=16_384).contains(&head.length)),
         frame::WINDOW_UPDATE => (true, head.length == 4),
@@ -530,8 +373,5 @@ fn check_shape(head: Head) -> Result<(), Reason> {
 
 /// Frames whose payload we look at; that of others is passed over.
 fn is_known(kind: u8) -> bool {
-    matches!(
-        kind,
-        frame::HEADERS | frame::CONTINUATION | frame::RST_STREAM | frame::SETTINGS | frame::PING | frame::GOAWAY | frame::WINDOW_UPDATE
-    )
+    matches!(kind, frame::HEADERS | frame::CONTINUATION | frame::RST_STREAM | frame::SETTINGS | frame::PING | frame::GOAWAY | frame::WINDOW_UPDATE)
 }

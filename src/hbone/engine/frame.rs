@@ -6,8 +6,6 @@ use std::ops::Range;
 pub(super) const HEADER: usize = 9;
 /// What a client sends first (RFC 9113 §3.4).
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// The largest frame that every peer takes (RFC 9113 §6.5.2).
-pub(super) const DEFAULT_FRAME_SIZE: usize = 16_384;
 /// The window that every stream and connection starts with (RFC 9113 §6.9.2).
 pub(super) const DEFAULT_WINDOW: u32 = 65_535;
 /// The largest window (RFC 9113 §6.9.1).
@@ -30,7 +28,6 @@ pub(super) const END_HEADERS: u8 = 0x4;
 pub(super) const PADDED: u8 = 0x8;
 pub(super) const WITH_PRIORITY: u8 = 0x20;
 
-pub(super) const SETTINGS_HEADER_TABLE_SIZE: u16 = 1;
 pub(super) const SETTINGS_ENABLE_PUSH: u16 = 2;
 pub(super) const SETTINGS_MAX_CONCURRENT_STREAMS: u16 = 3;
 pub(super) const SETTINGS_INITIAL_WINDOW_SIZE: u16 = 4;
@@ -39,7 +36,7 @@ pub(super) const SETTINGS_MAX_HEADER_LIST_SIZE: u16 = 6;
 
 /// Error codes (RFC 9113 §7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reason(pub u32);
+pub(in crate::hbone) struct Reason(pub(super) u32);
 
 impl Reason {
     pub(super) const NO_ERROR: Self = Self(0);

@@ -9,6 +9,7 @@ mod command;
 mod control;
 mod frame;
 mod handshake;
+mod headers;
 mod ready;
 mod receive;
 mod stream;
@@ -30,6 +31,7 @@ pub(super) use command::{Answered, Attach, Command};
 pub(super) use frame::Reason;
 pub(super) use handshake::{connect, welcome};
 pub(super) use ready::Inbox;
+pub(super) use tunnel::Tunnel;
 
 /// The receive window that a stream starts with; it grows to [`Config::stream_window`] while its application keeps up.
 const INITIAL_WINDOW: u32 = 256 << 10;
@@ -65,20 +67,12 @@ pub(super) struct Asked {
     pub(super) inbox: Arc<Inbox<Command>>,
 }
 
-/// The tunnel that we opened: a future to drive, and where it takes commands.
-pub(super) fn client(established: Established, config: Arc<Config>) -> Result<(impl Future<Output = Result<(), Error>>, Arc<Inbox<Command>>), Error> {
-    let tunnel = tunnel::Tunnel::new(established, tunnel::Side::Client, config)?;
-    let inbox = tunnel.inbox().clone();
-    Ok((tunnel, inbox))
+/// The tunnel that we opened.
+pub(super) fn client(established: Established, config: Arc<Config>) -> Result<Tunnel, Error> {
+    Tunnel::new(established, tunnel::Side::Client, config)
 }
 
 /// The tunnel that a peer opened: its requests go to `on_request`.
-pub(super) fn server(
-    established: Established,
-    config: Arc<Config>,
-    on_request: impl FnMut(Asked) + Send + 'static,
-) -> Result<(impl Future<Output = Result<(), Error>>, Arc<Inbox<Command>>), Error> {
-    let tunnel = tunnel::Tunnel::new(established, tunnel::Side::Server(Box::new(on_request)), config)?;
-    let inbox = tunnel.inbox().clone();
-    Ok((tunnel, inbox))
+pub(super) fn server(established: Established, config: Arc<Config>, on_request: impl FnMut(Asked) + Send + 'static) -> Result<Tunnel, Error> {
+    Tunnel::new(established, tunnel::Side::Server(Box::new(on_request)), config)
 }

@@ -15,6 +15,8 @@ use crate::sys::stream_io;
 
 /// With more than this many octets of answers unsent, the peer is not read: it does not take what it asks for.
 const CONTROL_LIMIT: usize = 64 << 10;
+/// Octets that may wait for the applications of one tunnel before the peer gets no more credit for the connection.
+const BACKLOG: usize = 4 << 20;
 /// Post-handshake messages that may be buffered until they are whole.
 const POST_HANDSHAKE_LIMIT: usize = 16 << 10;
 
@@ -25,7 +27,7 @@ impl Tunnel {
             return false;
         }
         // Early records may wait from the handshake.
-        let mut read = !self.input.range.is_empty() && self.frame.is_none() && self.input.range.start == 0;
+        let mut read = std::mem::take(&mut self.input.early);
         loop {
             if self.socket.poll_read_ready(context).is_pending() {
                 break;
@@ -158,7 +160,7 @@ impl Tunnel {
     }
 
     /// Walks through plaintext.
-    pub(super) fn walk(&mut self, buffer: &mut [u8], range: Range<usize>) -> Result<(), Reason> {
+    pub(super) fn walk(&mut self, buffer: &[u8], range: Range<usize>) -> Result<(), Reason> {
         let mut at = range.start;
         if self.preface_left > 0 {
             let from = frame::PREFACE.len() - self.preface_left;
@@ -181,19 +183,15 @@ impl Tunnel {
     }
 
     /// A part of the payload of a DATA frame; padding is already gone.
-    pub(super) fn data(&mut self, buffer: &[u8], id: u32, range: Range<usize>) -> Result<(), Reason> {
+    pub(super) fn data(&mut self, buffer: &[u8], id: u32, range: Range<usize>) {
         self.temper.moved(range.len());
-        let Some(slot) = self.streams.slot_of(id) else {
-            // Of a stream that we reset: only its credit matters.
-            self.return_connection(range.len());
-            return Ok(());
-        };
+        // Of a stream that we reset, nobody wants it.
+        let Some(slot) = self.streams.slot_of(id) else { return };
         if self.span_slot != slot && !self.spans.is_empty() {
             self.flush_spans(buffer);
         }
         self.span_slot = slot;
         self.spans.push(range);
-        Ok(())
     }
 
     /// Hands the collected spans to their application.
@@ -203,12 +201,11 @@ impl Tunnel {
         }
         let spans = std::mem::take(&mut self.spans);
         let slot = self.span_slot;
-        let total: usize = spans.iter().map(Range::len).sum();
         if let Some(stream) = self.streams.at(slot) {
+            let before = stream.backlog.len();
             let outcome = stream.deliver(buffer, &spans);
+            self.backlog = self.backlog + stream.backlog.len() - before;
             self.took(slot, outcome);
-        } else {
-            self.return_connection(total);
         }
         self.spans = spans;
         self.spans.clear();
@@ -220,8 +217,6 @@ impl Tunnel {
             return;
         }
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-        self.owed += taken;
-        self.credit_connection();
         let largest = self.config.stream_window.max(INITIAL_WINDOW);
         let Some(stream) = self.streams.at(slot) else { return };
         stream.owed += taken;
@@ -240,13 +235,10 @@ impl Tunnel {
         frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, id, &increment.to_be_bytes());
     }
 
-    pub(super) fn return_connection(&mut self, octets: usize) {
-        self.owed += u32::try_from(octets).unwrap_or(u32::MAX);
-        self.credit_connection();
-    }
-
+    /// The peer may send as much more on the connection as has come, whether an application took it or not: streams that nobody reads must not
+    /// stop their neighbours. Only when too much waits in all does the connection as a whole wait.
     pub(super) fn credit_connection(&mut self) {
-        if self.owed >= self.config.connection_window / 2 {
+        if self.owed >= self.config.connection_window / 4 && self.backlog <= BACKLOG {
             let increment = std::mem::take(&mut self.owed);
             self.receive_window += i64::from(increment);
             frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &increment.to_be_bytes());
@@ -260,6 +252,8 @@ impl Tunnel {
         if self.receive_window < 0 {
             return Err(Reason::FLOW_CONTROL_ERROR);
         }
+        self.owed += u32::try_from(head.length).unwrap_or(u32::MAX);
+        self.credit_connection();
         if let Some(stream) = self.streams.slot_of(head.stream).and_then(|slot| self.streams.at(slot)) {
             stream.receive_window -= length;
             if stream.receive_window < 0 {

@@ -136,10 +136,6 @@ impl Backlog {
             *self = Self::default();
         }
     }
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.front()
-    }
 }
 
 impl Stream {

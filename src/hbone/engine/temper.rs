@@ -1,6 +1,8 @@
 //! How much a peer may ask of us without moving bytes. Every kind of frame that costs us something and the peer nothing is counted; honest work
 //! gives the allowance back, and one that is used up ends the connection with ENHANCE_YOUR_CALM (reference, craft-and-trust §2.2, A3–A8).
 
+use tokio::time::Instant;
+
 use super::frame::Reason;
 
 /// Streams that the peer opened and reset before we answered, in a row of less than that many answered ones: rapid reset (CVE-2023-44487).
@@ -13,26 +15,48 @@ const IDLE_FRAMES: u32 = 10_000;
 const OCTETS_PER_FRAME: usize = 1024;
 
 /// The allowances of one connection.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) struct Temper {
+    since: Instant,
     premature: u32,
     local: u32,
     idle: u32,
     moved: usize,
 }
 
+impl Default for Temper {
+    fn default() -> Self {
+        Self { since: Instant::now(), premature: 0, local: 0, idle: 0, moved: 0 }
+    }
+}
+
 impl Temper {
+    /// Time gives allowances back too: a peer that asks slowly may ask for ever.
+    fn cool(&mut self) {
+        let seconds = self.since.elapsed().as_secs();
+        if seconds > 0 {
+            self.since = Instant::now();
+            let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+            self.idle = self.idle.saturating_sub(seconds.saturating_mul(IDLE_FRAMES / 10));
+            self.premature = self.premature.saturating_sub(seconds.saturating_mul(PREMATURE_RESETS / 10));
+            self.local = self.local.saturating_sub(seconds.saturating_mul(LOCAL_RESETS / 10));
+        }
+    }
+
     pub(super) fn premature_reset(&mut self) -> Result<(), Reason> {
+        self.cool();
         self.premature += 1;
         within(self.premature, PREMATURE_RESETS)
     }
 
     pub(super) fn local_reset(&mut self) -> Result<(), Reason> {
+        self.cool();
         self.local += 1;
         within(self.local, LOCAL_RESETS)
     }
 
     pub(super) fn idle_frame(&mut self) -> Result<(), Reason> {
+        self.cool();
         self.idle += 1;
         within(self.idle, IDLE_FRAMES)
     }

@@ -16,8 +16,9 @@ use tokio::time::{Instant, Sleep};
 
 use super::super::{Config, Error};
 use super::command::{Answered, Attach, Command};
-use super::control::{Frame, HeaderBlock, PeerSettings};
+use super::control::{Frame, PeerSettings};
 use super::frame::{self, Reason, Walker};
+use super::headers::HeaderBlock;
 use super::ready::{Inbox, StreamWaker};
 use super::stream::{Application, Phase, Stream, Streams, Wakes};
 use super::temper::Temper;
@@ -44,6 +45,8 @@ pub(super) struct Input {
     pub(super) slab: Option<Slab>,
     pub(super) range: Range<usize>,
     pub(super) ended: bool,
+    /// There is something from the handshake.
+    pub(super) early: bool,
 }
 
 /// Sealed bytes that are not yet written.
@@ -65,7 +68,7 @@ pub(super) enum Life {
 }
 
 /// One tunnel with all that belongs to it.
-pub(super) struct Tunnel {
+pub(in crate::hbone) struct Tunnel {
     pub(super) socket: TcpStream,
     pub(super) side: Side,
     pub(super) config: Arc<Config>,
@@ -86,6 +89,8 @@ pub(super) struct Tunnel {
     pub(super) receive_window: i64,
     /// Octets of connection credit that the peer is to get back.
     pub(super) owed: u32,
+    /// Octets that wait for applications, of all streams.
+    pub(super) backlog: usize,
     pub(super) streams: Streams,
     /// Streams whose application may have something to read.
     pub(super) senders: VecDeque<u32>,
@@ -144,6 +149,7 @@ impl Tunnel {
             send_window: i64::from(frame::DEFAULT_WINDOW),
             receive_window: i64::from(frame::DEFAULT_WINDOW),
             owed: 0,
+            backlog: 0,
             streams: Streams::default(),
             senders: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -172,9 +178,8 @@ impl Tunnel {
     /// What arrived together with the end of the handshake.
     fn take_early(&mut self, plaintext: &[u8], records: &[u8]) -> Result<(), Error> {
         if !plaintext.is_empty() {
-            let mut early = plaintext.to_vec();
-            let walked = self.walk(&mut early, 0..plaintext.len());
-            self.flush_spans(&early);
+            let walked = self.walk(plaintext, 0..plaintext.len());
+            self.flush_spans(plaintext);
             walked.map_err(|reason| Error::Handshake(format!("the peer's first frames: {reason}")))?;
         }
         if !records.is_empty() {
@@ -183,11 +188,12 @@ impl Tunnel {
             room.copy_from_slice(records);
             self.input.slab = Some(slab);
             self.input.range = 0..records.len();
+            self.input.early = true;
         }
         Ok(())
     }
 
-    pub(super) fn inbox(&self) -> &Wakes {
+    pub(in crate::hbone) fn inbox(&self) -> &Wakes {
         &self.inbox
     }
 
@@ -211,10 +217,7 @@ impl Tunnel {
         if let Some(application) = stream.application() {
             application.seen();
         }
-        if !stream.backlog.is_empty() {
-            let drained = stream.drain();
-            self.took(slot, drained);
-        }
+        self.drain_backlog(slot);
         self.enqueue(slot);
     }
 
@@ -300,9 +303,21 @@ impl Tunnel {
         let wake = StreamWaker::new(&self.inbox, slot);
         if let Some(stream) = self.streams.at(slot) {
             stream.phase = Phase::Relaying(Application::new(socket, role, meter, done, wake));
-            let drained = stream.drain();
-            self.took(slot, drained);
+            self.drain_backlog(slot);
+            self.settle(slot);
             self.enqueue(slot);
+        }
+    }
+
+    /// Gives an application more of what waits for it.
+    fn drain_backlog(&mut self, slot: u32) {
+        let Some(stream) = self.streams.at(slot) else { return };
+        let before = stream.backlog.len();
+        if before > 0 {
+            let drained = stream.drain();
+            self.backlog = self.backlog + stream.backlog.len() - before;
+            self.took(slot, drained);
+            self.credit_connection();
         }
     }
 
@@ -353,7 +368,7 @@ impl Tunnel {
     }
 
     fn release_backlog(&mut self, stream: &Stream) {
-        self.owed += u32::try_from(stream.backlog.len()).unwrap_or(u32::MAX);
+        self.backlog -= stream.backlog.len();
         self.credit_connection();
     }
 

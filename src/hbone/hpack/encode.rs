@@ -3,7 +3,7 @@
 use super::tables::STATIC;
 
 /// Appends a `:status` (RFC 9113 §8.3.2).
-pub fn status(code: u16, out: &mut Vec<u8>) {
+pub(in crate::hbone) fn status(code: u16, out: &mut Vec<u8>) {
     let text = code.to_string();
     match STATIC.iter().position(|(name, value)| *name == ":status" && *value == text) {
         Some(index) => integer(index + 1, 7, 0x80, out),
@@ -12,7 +12,7 @@ pub fn status(code: u16, out: &mut Vec<u8>) {
 }
 
 /// Appends a field without indexing; the name comes from the static table where it is listed.
-pub fn header(name: &str, value: &[u8], out: &mut Vec<u8>) {
+pub(in crate::hbone) fn header(name: &str, value: &[u8], out: &mut Vec<u8>) {
     match STATIC.iter().position(|(listed, _)| *listed == name) {
         Some(index) => integer(index + 1, 4, 0, out),
         None => {
@@ -30,15 +30,16 @@ fn string(text: &[u8], out: &mut Vec<u8>) {
 
 fn integer(value: usize, prefix: u32, pattern: u8, out: &mut Vec<u8>) {
     let mask = (1usize << prefix) - 1;
+    let low = |value: usize, bits: usize| u8::try_from(value & bits).unwrap_or(u8::MAX);
     if value < mask {
-        out.push(pattern | value as u8);
+        out.push(pattern | low(value, mask));
         return;
     }
-    out.push(pattern | mask as u8);
+    out.push(pattern | low(mask, mask));
     let mut rest = value - mask;
     while rest >= 0x80 {
-        out.push(0x80 | (rest & 0x7f) as u8);
+        out.push(0x80 | low(rest, 0x7f));
         rest >>= 7;
     }
-    out.push(rest as u8);
+    out.push(low(rest, 0x7f));
 }

@@ -5,10 +5,10 @@ mod encode;
 mod huffman;
 mod tables;
 
-pub use decode::Decoder;
+pub(super) use decode::Decoder;
 #[cfg(test)]
 use decode::HpackError;
-pub use encode::{header, status};
+pub(super) use encode::{header, status};
 
 #[cfg(test)]
 mod tests;

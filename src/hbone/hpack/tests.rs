@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 
 fn decode(decoder: &mut Decoder, block: &str) -> Result<Vec<(String, String)>, HpackError> {
@@ -26,7 +28,13 @@ fn the_examples_of_rfc_7541_appendix_c_decode() {
     let mut second = first.to_vec();
     second.push(pair("cache-control", "no-cache"));
     assert_eq!(decode(&mut decoder, "828684be5886a8eb10649cbf").unwrap(), second);
-    let third = [pair(":method", "GET"), pair(":scheme", "https"), pair(":path", "/index.html"), pair(":authority", "www.example.com"), pair("custom-key", "custom-value")];
+    let third = [
+        pair(":method", "GET"),
+        pair(":scheme", "https"),
+        pair(":path", "/index.html"),
+        pair(":authority", "www.example.com"),
+        pair("custom-key", "custom-value"),
+    ];
     assert_eq!(decode(&mut decoder, "828785bf408825a849e95ba97d7f8925a849e95bb8e8b4bf").unwrap(), third);
 }
 
