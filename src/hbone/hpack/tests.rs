@@ -82,3 +82,27 @@ fn what_is_encoded_decodes() {
     assert_eq!(fields[1].1, b"503");
     assert_eq!(fields[3].1, [b'x'; 300]);
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_block_makes_the_decoder_panic_or_its_table_outgrow_its_limit(blocks in proptest::collection::vec(proptest::collection::vec(proptest::prelude::any::<u8>(), 0..120), 1..8)) {
+        let mut decoder = Decoder::default();
+        for block in blocks {
+            if decoder.decode(&block, 8192, |_, _| {}).is_err() {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn any_list_of_fields_decodes_as_it_was_encoded(fields in proptest::collection::vec(("[a-z-]{1,20}", "[ -~]{0,300}"), 0..20)) {
+        let mut block = Vec::new();
+        for (name, value) in &fields {
+            header(name, value.as_bytes(), &mut block);
+        }
+        let mut got = Vec::new();
+        let fits = Decoder::default().decode(&block, 1 << 20, |name, value| got.push((String::from_utf8_lossy(name).into_owned(), String::from_utf8_lossy(value).into_owned())));
+        proptest::prop_assert_eq!(fits, Ok(true));
+        proptest::prop_assert_eq!(got, fields);
+    }
+}
