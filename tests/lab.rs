@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -38,13 +39,7 @@ impl Home {
     }
 
     fn launch(&self, name: &str, definition: &str) -> Launch {
-        Launch {
-            program: PROGRAM.into(),
-            base: Base::new(self.path()),
-            name: name.to_owned(),
-            definition: definition.to_owned(),
-            leashed: true,
-        }
+        Launch { program: PROGRAM.into(), base: Base::new(self.path()), name: name.to_owned(), definition: definition.to_owned(), leashed: true }
     }
 
     fn culvert(&self, arguments: &[&str]) -> Output {
@@ -68,43 +63,40 @@ fn get(lab: &Lab, pod: &str, url: &str) -> Result<String, String> {
     if output.status.success() { Ok(text(&output)) } else { Err(text(&output)) }
 }
 
-/// Every process whose process namespace is one of these, zombies aside.
-fn processes_of(namespaces: &BTreeSet<PathBuf>) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        if fs::read_link(entry.path().join("ns/pid")).is_ok_and(|namespace| namespaces.contains(&namespace)) {
-            let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
-            found.push(format!("{} {}", entry.path().display(), line.replace('\0', " ")));
-        }
-    }
-    found
-}
-
-/// The namespaces of a lab: all that `down` must make disappear.
+/// The namespaces of a lab, held open so that their numbers are given to nobody else.
 struct Traces {
-    pid: BTreeSet<PathBuf>,
-    nets: BTreeSet<String>,
+    pid: fs::File,
+    nets: Vec<fs::File>,
 }
 
 impl Traces {
     fn of(lab: &Lab) -> Self {
         let status = lab.status().unwrap();
-        let pid = fs::read_link(format!("/proc/{}/ns/pid", status.supervisor)).unwrap();
-        assert_ne!(pid, fs::read_link("/proc/self/ns/pid").unwrap());
+        let pid = fs::File::open(format!("/proc/{}/ns/pid", status.supervisor)).unwrap();
+        assert_ne!(pid.metadata().unwrap().ino(), fs::metadata("/proc/self/ns/pid").unwrap().ino());
         let paths = status.nodes.iter().map(|node| &node.netns).chain(status.pods.iter().map(|pod| &pod.netns)).chain([&status.fabric]);
-        let nets = paths.map(|netns| fs::read_link(&netns.path).unwrap().display().to_string()).collect();
-        Self { pid: BTreeSet::from([pid]), nets }
+        Self { pid, nets: paths.map(|netns| fs::File::open(&netns.path).unwrap()).collect() }
     }
 
+    /// Every process of the lab's process namespace.
+    fn processes(&self) -> Vec<PathBuf> {
+        let own = self.pid.metadata().unwrap().ino();
+        let all = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+        all.filter(|path| fs::metadata(path.join("ns/pid")).is_ok_and(|found| found.ino() == own)).collect()
+    }
+
+    /// No process, and nobody but us who is in one of the network namespaces or holds it: as a mount, or open.
     fn assert_gone(&self) {
-        assert_eq!(processes_of(&self.pid), Vec::<String>::new());
-        for table in ["/proc/self/mountinfo", "/proc/self/mounts"] {
-            let mounts = fs::read_to_string(table).unwrap();
-            assert!(!self.nets.iter().any(|net| mounts.contains(net.as_str())), "a namespace is still mounted");
-        }
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let net = fs::read_link(entry.path().join("ns/net")).map(|net| net.display().to_string()).unwrap_or_default();
-            assert!(!self.nets.contains(&net), "{} is still in {net}", entry.path().display());
+        assert_eq!(self.processes(), Vec::<PathBuf>::new());
+        let nets: BTreeSet<PathBuf> = self.nets.iter().map(|net| PathBuf::from(format!("net:[{}]", net.metadata().unwrap().ino()))).collect();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!nets.iter().any(|net| mounts.contains(net.to_str().unwrap())), "{mounts}");
+        let ids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        for other in ids.filter(|id| *id != std::process::id()).map(|id| PathBuf::from(format!("/proc/{id}"))) {
+            let descriptors = fs::read_dir(other.join("fd")).into_iter().flatten().flatten().map(|entry| entry.path());
+            for link in [other.join("ns/net")].into_iter().chain(descriptors) {
+                assert!(!fs::read_link(&link).is_ok_and(|target| nets.contains(&target)), "{} is left", link.display());
+            }
         }
     }
 }
@@ -125,6 +117,22 @@ fn pods_reach_each_other_by_name_in_both_families_without_a_proxy() {
     assert!(get(&lab, "default/near", "http://10.244.2.2:8080/").unwrap().contains("far answers 10.244.1.2"));
     assert!(get(&lab, "near", "http://[fd00:10:244:2::2]:8080/").unwrap().contains("far answers fd00:10:244:1::2"));
     assert_eq!(run(&lab, "far", &["culvert", "lab", "talk", "line.default.pod:9000", "hello"]), "hello\n");
+    lab.down().unwrap();
+}
+
+#[test]
+fn a_test_can_open_sockets_inside_a_pod() {
+    let home = Home::new();
+    let lab = home.start(PLAIN).unwrap();
+    if nix::unistd::Uid::effective().is_root() {
+        let near = lab.netns(Place::Pod("near")).unwrap();
+        let far = lab.status().unwrap().pod("far").unwrap().addresses[0];
+        near.run(|| std::net::TcpStream::connect((far, 8080))).unwrap().unwrap();
+        let node = lab.netns(Place::Node("right")).unwrap();
+        let admin = lab.status().unwrap().node("right").unwrap().proxy.admin.clone();
+        node.run(|| std::net::TcpStream::connect(admin)).unwrap().unwrap();
+        assert_ne!(lab.netns(Place::Fabric).unwrap().id(), node.id());
+    }
     lab.down().unwrap();
 }
 
@@ -218,7 +226,7 @@ fn down_leaves_nothing_behind() {
     let home = Home::new();
     let lab = home.start(MESH).unwrap();
     let traces = Traces::of(&lab);
-    assert!(!processes_of(&traces.pid).is_empty());
+    assert!(!traces.processes().is_empty());
     lab.down().unwrap();
     traces.assert_gone();
     assert!(!home.path().exists());
@@ -246,7 +254,7 @@ fn killing_any_process_of_the_lab_itself_leaves_only_files_that_down_removes() {
         let first = fs::read_to_string(home.path().join("doomed/pid")).unwrap().split(' ').next().unwrap().parse::<i32>().unwrap();
         let pid = if victim == "first" { first } else { supervisor };
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
-        wait_until("all processes are gone", || processes_of(&traces.pid).is_empty());
+        wait_until("all processes are gone", || traces.processes().is_empty());
         traces.assert_gone();
         let listed = text(&home.culvert(&["list"]));
         assert!(listed.contains("doomed") && listed.contains("crashed"), "{victim}: {listed}");
@@ -255,6 +263,18 @@ fn killing_any_process_of_the_lab_itself_leaves_only_files_that_down_removes() {
         assert!(home.culvert(&["down"]).status.success());
         assert!(!home.path().exists(), "{victim}");
     }
+}
+
+#[test]
+fn an_up_that_is_killed_half_way_leaves_no_lab() {
+    let home = Home::new();
+    let slow = PLAIN.replace("'exec culvert lab serve-echo 9000'", "'sleep 60'");
+    let file = write(&home, &slow);
+    let mut up = Command::new(PROGRAM).arg("lab").arg("--run-dir").arg(home.path()).arg("up").arg(file).stdin(Stdio::null()).spawn().unwrap();
+    wait_until("the pod's command runs", || home.path().join("lab/logs/pod.default.line.log").exists());
+    up.kill().unwrap();
+    up.wait().unwrap();
+    wait_until("the lab has ended", || !home.path().exists());
 }
 
 #[test]
@@ -336,7 +356,8 @@ fn as_nobody(home: &Home, arguments: &[&str]) -> Option<Output> {
     let program = home.0.path().join("culvert");
     if !program.exists() {
         fs::set_permissions(home.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::copy(PROGRAM, &program).unwrap();
+        // By another process: a file that this one has open for writing could not be run while another test forks.
+        assert!(Command::new("cp").arg(PROGRAM).arg(&program).status().unwrap().success());
         let own = home.0.path().join("own");
         fs::create_dir(&own).unwrap();
         nix::unistd::chown(&own, Some(65534.into()), Some(65534.into())).unwrap();

@@ -78,9 +78,7 @@ impl From<NodeForm> for Node {
     fn from(form: NodeForm) -> Self {
         let FullNode { name, region, zone, subzone, env } = match form {
             NodeForm::Full(full) => full,
-            NodeForm::Name(name) => {
-                FullNode { name, region: String::new(), zone: String::new(), subzone: String::new(), env: BTreeMap::new() }
-            }
+            NodeForm::Name(name) => FullNode { name, region: String::new(), zone: String::new(), subzone: String::new(), env: BTreeMap::new() },
         };
         Self { name, region, zone, subzone, env }
     }

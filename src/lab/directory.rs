@@ -79,7 +79,9 @@ impl Base {
     pub(super) fn create(&self, name: &str) -> Result<Directory, Error> {
         let directory = self.lab(name);
         match self.state(name)? {
-            Some(LabState::Running(_)) => return Err(Error::State(format!("lab {name} is running already: `culvert lab down --name {name}` ends it"))),
+            Some(LabState::Running(_)) => {
+                return Err(Error::State(format!("lab {name} is running already: `culvert lab down --name {name}` ends it")));
+            }
             Some(LabState::Crashed) => directory.remove()?,
             None => {}
         }

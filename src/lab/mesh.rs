@@ -3,10 +3,10 @@
 
 use serde_json::{Map, Value, json};
 
+use super::Error;
 use super::definition::{Definition, InternalTrafficPolicy, Pod, Service, TargetPort, TrafficDistribution};
 use super::plan::{Addresses, Plan, hostname};
 use super::policies::{ROOT_NAMESPACE, peer_policies, peer_policy_keys};
-use super::Error;
 
 /// Whether a pod is behind a service.
 pub(super) fn selects(service: &Service, pod: &Pod) -> bool {

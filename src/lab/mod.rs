@@ -7,7 +7,6 @@
 //! descriptor only, builds the links ([`topology`]), starts proxies and pod commands, and answers on a socket ([`control`]). When the
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
-mod pod;
 pub mod control;
 pub mod definition;
 pub mod demo;
@@ -16,6 +15,7 @@ mod handle;
 pub mod launch;
 mod mesh;
 mod plan;
+mod pod;
 pub mod policies;
 pub mod programs;
 mod proxies;

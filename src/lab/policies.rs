@@ -160,7 +160,8 @@ impl AuthorizationPolicy {
     /// # Errors
     /// A sentence that names the policy and the field that cannot be enforced.
     pub fn translate(&self) -> Result<MeshPolicy, Error> {
-        let refuse = |sentence: String| Error::Definition(format!("AuthorizationPolicy {}/{}: {sentence}", self.metadata.namespace, self.metadata.name));
+        let refuse =
+            |sentence: String| Error::Definition(format!("AuthorizationPolicy {}/{}: {sentence}", self.metadata.namespace, self.metadata.name));
         if !self.kind.is_empty() && self.kind != "AuthorizationPolicy" {
             return Err(refuse(format!("kind is {:?}", self.kind)));
         }
@@ -366,7 +367,8 @@ pub enum Mode {
 /// Refuses what could not be translated.
 pub(super) fn check_peer_authentications(all: &[PeerAuthentication]) -> Result<(), Error> {
     for one in all {
-        let refuse = |sentence: &str| Err(Error::Definition(format!("PeerAuthentication {}/{}: {sentence}", one.metadata.namespace, one.metadata.name)));
+        let refuse =
+            |sentence: &str| Err(Error::Definition(format!("PeerAuthentication {}/{}: {sentence}", one.metadata.namespace, one.metadata.name)));
         if !one.kind.is_empty() && one.kind != "PeerAuthentication" {
             return refuse("kind is not PeerAuthentication");
         }
@@ -397,7 +399,8 @@ pub(super) fn peer_policies(all: &[PeerAuthentication]) -> Vec<MeshPolicy> {
 
 /// The keys (`namespace/name`) of those policies that a pod must list.
 pub(super) fn peer_policy_keys(all: &[PeerAuthentication], namespace: &str, labels: &BTreeMap<String, String>) -> Vec<String> {
-    let own = all.iter().find(|one| one.metadata.namespace == namespace && one.spec.selector.as_ref().is_some_and(|selector| selector.matches(labels)));
+    let own =
+        all.iter().find(|one| one.metadata.namespace == namespace && one.spec.selector.as_ref().is_some_and(|selector| selector.matches(labels)));
     let mode = effective_mode(all, namespace, own.map_or(Mode::Unset, |one| one.spec.mtls.mode));
     let by_port = own.filter(|one| !port_rules(one, mode).is_empty());
     match (by_port, mode) {

@@ -64,7 +64,10 @@ pub(super) async fn wait_until_ready(whose: &str, task: &Task, netns: &NetNs, lo
             return Err(Error::Failed { what: format!("the proxy of {whose} {}", task.state()), cause: last_lines(log) });
         }
         if Instant::now() > deadline {
-            return Err(Error::Failed { what: format!("the proxy of {whose} is not ready within {READY_WITHIN:?} ({answer})"), cause: last_lines(log) });
+            return Err(Error::Failed {
+                what: format!("the proxy of {whose} is not ready within {READY_WITHIN:?} ({answer})"),
+                cause: last_lines(log),
+            });
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

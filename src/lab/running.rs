@@ -240,12 +240,7 @@ impl Running {
 }
 
 fn zds_pod(pod: &Pod) -> crate::wire::zds::Pod {
-    crate::wire::zds::Pod {
-        uid: uid(pod),
-        name: pod.name.clone(),
-        namespace: pod.namespace.clone(),
-        service_account: pod.service_account.clone(),
-    }
+    crate::wire::zds::Pod { uid: uid(pod), name: pod.name.clone(), namespace: pod.namespace.clone(), service_account: pod.service_account.clone() }
 }
 
 /// Whether a pod can stay as it is: everything that is not looked up in the mesh file is unchanged.

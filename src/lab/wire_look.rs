@@ -172,7 +172,10 @@ impl Stream {
     fn read_records(&mut self) {
         while let [kind, 3, minor, high, low, ..] = *self.rest.as_slice() {
             let length = usize::from(u16::from_be_bytes([high, low]));
-            let plausible = (20..=23).contains(&kind) && minor <= 4 && (1..=LONGEST_RECORD).contains(&length) && (self.records > 0 || kind == 22 || self.under_way);
+            let plausible = (20..=23).contains(&kind)
+                && minor <= 4
+                && (1..=LONGEST_RECORD).contains(&length)
+                && (self.records > 0 || kind == 22 || self.under_way);
             self.not_tls |= !plausible;
             if self.not_tls || self.rest.len() < 5 + length {
                 break;

@@ -99,7 +99,8 @@ fn traffic_settings_become_modes() {
 
 #[test]
 fn addresses_stay_when_neighbours_come_and_go() {
-    let first = Definition::parse("nodes: [a, b]\npods: [{name: x, node: a}, {name: y, node: a}]\nservices: [{name: s, ports: [{port: 1}]}]").unwrap();
+    let first =
+        Definition::parse("nodes: [a, b]\npods: [{name: x, node: a}, {name: y, node: a}]\nservices: [{name: s, ports: [{port: 1}]}]").unwrap();
     let text = "nodes: [a, b]\npods: [{name: w, node: a}, {name: y, node: a}, {name: z, node: b}]\n\
                 services: [{name: r, ports: [{port: 1}]}, {name: s, ports: [{port: 1}]}]";
     let second = Definition::parse(text).unwrap();
@@ -119,7 +120,8 @@ fn hosts_has_every_name_that_kubernetes_gives() {
     let definition = Definition::parse(LAB).unwrap();
     let (plan, _) = generated(LAB);
     let seen = |pod: usize| plan.hosts(&definition, &definition.pods[pod]);
-    let line = |text: &str, start: &str| text.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("no {start} in {text}")).to_owned();
+    let line =
+        |text: &str, start: &str| text.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("no {start} in {text}")).to_owned();
     assert_eq!(line(&seen(0), "10.96.0.1 "), "10.96.0.1 web.default.svc.cluster.local web.default.svc web.default web");
     assert_eq!(line(&seen(2), "10.96.0.1 "), "10.96.0.1 web.default.svc.cluster.local web.default.svc web.default");
     assert_eq!(line(&seen(0), "10.244.1.2 pods"), "10.244.1.2 pods.default.svc.cluster.local pods.default.svc pods.default pods");

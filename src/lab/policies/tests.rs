@@ -148,8 +148,7 @@ fn ports_may_differ_from_their_workload() {
 
     let all = web("mtls: {mode: PERMISSIVE}, portLevelMtls: {8080: {mode: STRICT}, 9090: {mode: STRICT}}");
     assert_eq!(peer_policy_keys(&all, "shop", &labels("web")), named);
-    let expected =
-        json!([[[{"notPrincipals": presence, "destinationPorts": [8080]}]], [[{"notPrincipals": presence, "destinationPorts": [9090]}]]]);
+    let expected = json!([[[{"notPrincipals": presence, "destinationPorts": [8080]}]], [[{"notPrincipals": presence, "destinationPorts": [9090]}]]]);
     assert_eq!(json!(peer_policies(&all)[1].rules), expected);
 
     let all = web("mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: STRICT}}");
