@@ -168,8 +168,9 @@ fn captured_pods_talk_through_their_proxies_and_see_the_clients_address() {
     assert_eq!(answered, BTreeSet::from(["web-0".to_owned(), "web-1".to_owned()]));
     assert!(get(&lab, "client", "http://[fd00:10:96::1]/").unwrap().contains("answers fd00:10:244:1::2"));
     assert!(get(&lab, "outsider", "http://web-0:8080/").unwrap().contains("answers"));
-    let log = fs::read_to_string(lab.log("right").unwrap()).unwrap();
-    assert!(log.contains("src.identity=\"spiffe://cluster.local/ns/default/sa/client\""), "{log}");
+    let log = lab.log("right").unwrap();
+    let identity = "src.identity=\"spiffe://cluster.local/ns/default/sa/client\"";
+    wait_until("the access log names the client", || fs::read_to_string(&log).unwrap().contains(identity));
     lab.down().unwrap();
 }
 
@@ -180,8 +181,8 @@ fn a_dedicated_proxy_serves_its_own_pod() {
     let status = lab.status().unwrap();
     assert_eq!(status.pod("client").unwrap().proxy.as_ref().unwrap().state, "running");
     wait_until("a connection to the other node", || get(&lab, "client", "http://web/").unwrap().contains("web-1"));
-    let log = fs::read_to_string(&status.pod("client").unwrap().proxy.as_ref().unwrap().log).unwrap();
-    assert!(log.contains("dst.hbone_addr") && log.contains("connection complete"), "{log}");
+    let log = &status.pod("client").unwrap().proxy.as_ref().unwrap().log;
+    wait_until("its access log tells of a tunnel", || fs::read_to_string(log).unwrap().contains("dst.hbone_addr"));
     lab.down().unwrap();
 }
 
