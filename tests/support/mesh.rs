@@ -1,0 +1,216 @@
+//! A lab for tests: real namespaces, real proxies of this build, real rules. It ends with the test, whatever becomes of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use culvert::lab::{Base, Lab, Launch, Place, Status};
+use culvert::sys::netns::NetNs;
+
+/// How long anything that must happen may take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running lab.
+pub struct Mesh {
+    lab: Lab,
+    status: Status,
+    directory: tempfile::TempDir,
+}
+
+impl Mesh {
+    /// Starts the lab that the text describes.
+    pub fn up(definition: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let directory = tempfile::Builder::new().prefix("cv").tempdir_in("/tmp").unwrap();
+        let lab = Lab::start(Launch {
+            program: PathBuf::from(env!("CARGO_BIN_EXE_culvert")),
+            base: Base::new(directory.path().to_path_buf()),
+            name: format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed)),
+            definition: definition.to_owned(),
+            leashed: true,
+        });
+        let lab = lab.unwrap_or_else(|error| panic!("the lab does not start: {error}"));
+        let status = lab.status().unwrap();
+        Self { lab, status, directory }
+    }
+
+    /// Where the test may put files.
+    pub fn directory(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    pub fn status(&self) -> Status {
+        self.lab.status().unwrap()
+    }
+
+    /// Makes the lab become what the text says.
+    pub fn apply(&self, definition: &str) {
+        self.lab.apply(definition).unwrap_or_else(|error| panic!("the lab does not take it: {error}"));
+    }
+
+    /// A pod's IPv4 address.
+    pub fn ip(&self, pod: &str) -> IpAddr {
+        self.status.pod(pod).unwrap().addresses.iter().copied().find(IpAddr::is_ipv4).unwrap()
+    }
+
+    /// A pod's IPv6 address.
+    pub fn ip6(&self, pod: &str) -> IpAddr {
+        self.status.pod(pod).unwrap().addresses.iter().copied().find(IpAddr::is_ipv6).unwrap()
+    }
+
+    /// A service's virtual addresses, by the first label of its host name.
+    pub fn vips(&self, service: &str) -> Vec<IpAddr> {
+        let named = |hostname: &str| hostname.split('.').next() == Some(service);
+        self.status.services.iter().find(|found| named(&found.hostname)).unwrap().addresses.clone()
+    }
+
+    /// A service's IPv4 address.
+    pub fn vip(&self, service: &str) -> IpAddr {
+        self.vips(service).into_iter().find(IpAddr::is_ipv4).unwrap()
+    }
+
+    pub fn netns(&self, place: Place<'_>) -> NetNs {
+        self.lab.netns(place).unwrap()
+    }
+
+    /// Runs `work` on this thread as if it were in the place.
+    pub fn run_in<T>(&self, place: Place<'_>, work: impl FnOnce() -> T) -> T {
+        self.netns(place).run(work).unwrap()
+    }
+
+    /// A connection of a pod's application.
+    pub fn connect(&self, pod: &str, target: impl Into<SocketAddr>) -> io::Result<TcpStream> {
+        let target = target.into();
+        let socket = self.run_in(Place::Pod(pod), || TcpStream::connect_timeout(&target, PATIENCE))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        Ok(socket)
+    }
+
+    /// A server in a pod, on a port of every address.
+    pub fn listen(&self, pod: &str, port: u16) -> TcpListener {
+        self.run_in(Place::Pod(pod), || TcpListener::bind(("::", port))).unwrap()
+    }
+
+    /// Sends a line and expects it back.
+    pub fn echo(&self, pod: &str, target: impl Into<SocketAddr>) -> io::Result<()> {
+        let mut socket = self.connect(pod, target)?;
+        echo_on(&mut socket, b"hello through the mesh\n")
+    }
+
+    /// Runs a program in a pod.
+    pub fn exec(&self, pod: &str, arguments: &[&str]) -> Output {
+        self.lab.exec(pod, arguments).unwrap()
+    }
+
+    /// Runs a program in a pod that must succeed; returns what it printed.
+    pub fn exec_ok(&self, pod: &str, arguments: &[&str]) -> String {
+        let output = self.exec(pod, arguments);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "{arguments:?} in {pod}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// All lines that the proxy of a node (or a dedicated pod's) has logged.
+    pub fn log(&self, of: &str) -> Vec<String> {
+        let path = match self.status.node(of) {
+            Ok(node) => node.proxy.log.clone(),
+            Err(_) => self.status.pod(of).unwrap().proxy.as_ref().unwrap().log.clone(),
+        };
+        std::fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    /// Waits for a log line with all of these parts.
+    pub fn wait_for_log(&self, of: &str, parts: &[&str]) -> String {
+        let found = until(|| self.log(of).into_iter().find(|line| parts.iter().all(|part| line.contains(part))));
+        found.unwrap_or_else(|| panic!("no line with {parts:?} in the log of {of}:\n{}", self.log(of).join("\n")))
+    }
+
+    /// The text of a proxy's page; `of` is a node, or a pod with a proxy of its own.
+    pub fn page(&self, of: &str, port: u16, path: &str) -> (u16, String) {
+        self.request(of, port, &format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+    }
+
+    /// Sends a request to a proxy's page.
+    pub fn request(&self, of: &str, port: u16, head: &str) -> (u16, String) {
+        let place = if self.status.node(of).is_ok() { Place::Node(of) } else { Place::Pod(of) };
+        let mut socket = self.run_in(place, || TcpStream::connect(("127.0.0.1", port))).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.write_all(head.as_bytes()).unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, answer.split_once("\r\n\r\n").unwrap().1.to_owned())
+    }
+
+    /// The sum of all series of a metric whose labels contain all of these parts.
+    pub fn metric(&self, of: &str, name: &str, labels: &[&str]) -> f64 {
+        let (_, page) = self.page(of, 15020, "/metrics");
+        let of_family = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        let chosen = page.lines().filter(of_family).filter(|line| labels.iter().all(|label| line.contains(label)));
+        chosen.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
+    pub fn config_dump(&self, of: &str) -> serde_json::Value {
+        let (status, page) = self.page(of, 15000, "/config_dump");
+        assert_eq!(status, 200);
+        // The page may come in chunks.
+        let from = page.find('{').unwrap();
+        let to = page.rfind('}').unwrap();
+        serde_json::from_str(&page[from..=to]).unwrap()
+    }
+
+    /// Ends the lab and checks that nothing is left of it.
+    pub fn down(self) {
+        let supervisor = self.status.supervisor;
+        self.lab.down().unwrap();
+        assert!(!std::path::Path::new(&format!("/proc/{supervisor}")).exists(), "the supervisor is still there");
+        let left = std::fs::read_dir(self.directory.path()).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "the run directory is not empty");
+    }
+}
+
+/// Sends bytes and expects the same back.
+pub fn echo_on(socket: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+    socket.write_all(bytes)?;
+    let mut answer = vec![0; bytes.len()];
+    socket.read_exact(&mut answer)?;
+    if answer == bytes { Ok(()) } else { Err(io::Error::other(format!("got {:?} back", String::from_utf8_lossy(&answer)))) }
+}
+
+/// A server that echoes on every connection, for as long as the listener lives in its thread.
+pub fn serve_echo(listener: TcpListener) {
+    std::thread::spawn(move || {
+        for socket in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let _ = io::copy(&mut &socket, &mut &socket);
+                let _ = socket.shutdown(Shutdown::Write);
+            });
+        }
+    });
+}
+
+/// Asks again until there is an answer, for as long as anything may take.
+pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask() {
+            Some(answer) => return Some(answer),
+            None if Instant::now() > deadline => return None,
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Waits until something is so.
+pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    assert!(until(|| so().then_some(())).is_some(), "not within {PATIENCE:?}: {what}");
+}
