@@ -12,7 +12,7 @@ use crate::lab::{self, Base, FABRIC, Lab, LabState, Launch, Place, Status, progr
 
 /// A mesh in a box. As root, or as any user where the kernel allows user namespaces; the machine's own network is never touched.
 #[derive(Debug, ClapArgs)]
-#[command(args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+#[command(arg_required_else_help = true)]
 pub(super) struct Args {
     /// Starts a small mesh, shows with real traffic what it does, and removes it; exit code 0 only if every step held.
     #[arg(long)]
@@ -151,6 +151,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         return demo(program, base);
     };
+    if args.demo {
+        bail!("--demo takes no command");
+    }
     match command {
         Command::Up { file, name, foreground } => up(Launch { program, base, name, definition: read(&file)?, leashed: foreground }),
         Command::Apply { file, which } => {

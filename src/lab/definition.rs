@@ -281,7 +281,11 @@ impl Definition {
     /// # Errors
     /// A sentence that names the line or the entry and the field.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let definition: Self = serde_saphyr::from_str(text).map_err(|error| Error::Definition(error.to_string()))?;
+        let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
+        let definition: Self = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+            let sentence = error.to_string();
+            Error::Definition(sentence.strip_prefix("error: ").unwrap_or(&sentence).to_owned())
+        })?;
         definition.check()?;
         Ok(definition)
     }
@@ -374,3 +378,6 @@ fn yes() -> bool {
 fn one() -> u32 {
     1
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,11 +19,16 @@ const PLAIN_WORD: &str = "dandelion-outside-of-the-mesh";
 /// A change of policy reaches a proxy's connections well within this; it also takes the time of noticing a file.
 const SOON: Duration = Duration::from_secs(5);
 
+/// What was seen, or what was seen instead.
+type Outcome = Result<String, String>;
+/// What to do and look at.
+type Act = fn(&Lab) -> Outcome;
+
 /// One line of the table.
 #[derive(Debug)]
 struct Step {
     name: &'static str,
-    seen: Result<String, String>,
+    seen: Outcome,
     took: Duration,
 }
 
@@ -53,7 +58,7 @@ pub fn run(program: PathBuf, base: Base, name: String, interrupted: &dyn Fn() ->
     let look = Look::begin(&lab).map_err(Error::failed("cannot look at the wire"))?;
     demo.note("HTTP and raw TCP through the mesh", Instant::now(), || through_the_mesh(&lab));
     demo.note("the wire between the nodes", Instant::now(), || the_wire(look));
-    let steps: [(&'static str, fn(&Lab) -> Result<String, String>); 4] = [
+    let steps: [(&'static str, Act); 4] = [
         ("the same look without the mesh", without_the_mesh),
         ("a DENY policy, a live connection", deny),
         ("the reason, in the access log", reason),
@@ -86,7 +91,7 @@ pub fn run(program: PathBuf, base: Base, name: String, interrupted: &dyn Fn() ->
 }
 
 impl Demo {
-    fn note(&mut self, name: &'static str, since: Instant, step: impl FnOnce() -> Result<String, String>) {
+    fn note(&mut self, name: &'static str, since: Instant, step: impl FnOnce() -> Outcome) {
         let seen = step();
         let step = Step { name, seen, took: since.elapsed() };
         (self.print)(&step.lines());
@@ -112,7 +117,7 @@ impl Step {
     }
 }
 
-fn through_the_mesh(lab: &Lab) -> Result<String, String> {
+fn through_the_mesh(lab: &Lab) -> Outcome {
     let status = lab.status().map_err(|error| error.to_string())?;
     let web = status.services.iter().find(|service| service.hostname.starts_with("web.")).ok_or("there is no service web")?;
     let mut text = format!("http://web: \"{}\"", get(lab, "client", "http://web/")?);
@@ -127,7 +132,7 @@ fn through_the_mesh(lab: &Lab) -> Result<String, String> {
     Ok(format!("{text}\necho:9000, raw TCP: \"{echoed}\""))
 }
 
-fn the_wire(look: Look) -> Result<String, String> {
+fn the_wire(look: Look) -> Outcome {
     let seen = look.end()?;
     let readable: usize = seen.markers.values().sum();
     let text = format!(
@@ -137,7 +142,7 @@ fn the_wire(look: Look) -> Result<String, String> {
     if seen.not_tls == 0 && seen.tls_records > 0 && readable == 0 { Ok(text) } else { Err(text) }
 }
 
-fn without_the_mesh(lab: &Lab) -> Result<String, String> {
+fn without_the_mesh(lab: &Lab) -> Outcome {
     let look = Look::begin(lab)?;
     said(lab, "plain-client", &["talk", "plain-echo:9000", PLAIN_WORD])?;
     let seen = look.end()?;
@@ -146,7 +151,7 @@ fn without_the_mesh(lab: &Lab) -> Result<String, String> {
     if readable > 0 { Ok(text) } else { Err(text) }
 }
 
-fn deny(lab: &Lab) -> Result<String, String> {
+fn deny(lab: &Lab) -> Outcome {
     let mut command = lab.command(Place::Pod("client"), &["culvert", "lab", "talk", "echo:9000", TCP_WORD, "--hold"]);
     let mut live = Background::start(command.stdin(Stdio::null()))?;
     live.line()?;
@@ -170,7 +175,7 @@ fn deny(lab: &Lab) -> Result<String, String> {
     }
 }
 
-fn reason(lab: &Lab) -> Result<String, String> {
+fn reason(lab: &Lab) -> Outcome {
     let log = lab.log("right").map_err(|error| error.to_string())?;
     let deadline = Instant::now() + SOON;
     loop {
@@ -188,7 +193,7 @@ fn reason(lab: &Lab) -> Result<String, String> {
     }
 }
 
-fn allow(lab: &Lab) -> Result<String, String> {
+fn allow(lab: &Lab) -> Outcome {
     let before = Instant::now();
     lab.apply(MESH).map_err(|error| error.to_string())?;
     loop {

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use super::control::{Request, Status, ask};
@@ -39,7 +39,8 @@ pub struct Lab {
     program: PathBuf,
     base: Base,
     name: String,
-    leash: Option<ChildStdin>,
+    /// The process that waits for the lab's end, and by its standard input the leash.
+    launcher: Option<Child>,
 }
 
 /// A place in a lab.
@@ -63,7 +64,7 @@ impl Lab {
         let Launch { program, base, name, definition, leashed } = launch;
         let lock = base.lock()?;
         let directory = base.create(&name)?;
-        let mut lab = Self { program, base, name, leash: None };
+        let mut lab = Self { program, base, name, launcher: None };
         let outcome = lab.start_in(&directory, &definition, leashed);
         if outcome.is_err() {
             lab.end(&directory)?;
@@ -91,7 +92,7 @@ impl Lab {
                 }
             }
         };
-        Ok(Self { program, base, name, leash: None })
+        Ok(Self { program, base, name, launcher: None })
     }
 
     /// Its name.
@@ -177,8 +178,9 @@ impl Lab {
     /// # Errors
     /// When it cannot be ended, or its directory cannot be removed.
     pub fn down(mut self) -> Result<(), Error> {
-        self.leash = None;
-        Self::remove(&self.base, &self.name)
+        let ended = Self::remove(&self.base, &self.name);
+        self.let_go();
+        ended
     }
 
     /// Ends the lab of this name, or removes what a crashed one has left. Says whether there was anything.
@@ -204,20 +206,20 @@ impl Lab {
         fs::write(directory.definition(), definition).map_err(failed())?;
         let mut command = Command::new(&self.program);
         command.args(["lab", "supervise", "--name", &self.name]).arg("--run-dir").arg(self.base.path()).current_dir("/");
-        if leashed {
-            command.arg("--leash").stdin(Stdio::piped());
-        } else {
-            command.stdin(Stdio::null());
-        }
+        command.args(leashed.then_some("--leash"));
         let log = File::create(directory.supervisor_log()).map_err(failed())?;
         // Away from the terminal from the first moment on: Ctrl-C is for us, and we end the lab in good order.
-        let mut child = command.process_group(0).stdout(Stdio::piped()).stderr(log).spawn().map_err(failed())?;
-        self.leash = child.stdin.take();
+        let mut child = command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn().map_err(failed())?;
         let outcome = first_words(&mut child);
-        // The launcher itself ends as soon as the supervisor has begun.
-        child.wait().map_err(failed())?;
+        self.launcher = Some(child);
         match outcome.map_err(failed())? {
-            Some(Progress::Ready) => Ok(()),
+            Some(Progress::Ready) => {
+                if !leashed {
+                    // The launcher has ended already.
+                    self.let_go();
+                }
+                Ok(())
+            }
             Some(Progress::Failed(sentence)) => Err(Error::State(sentence)),
             None => {
                 let log = super::pod::last_lines(&directory.supervisor_log());
@@ -226,9 +228,18 @@ impl Lab {
         }
     }
 
+    /// Drops the leash and waits until the launcher has ended, which it does with the lab.
+    fn let_go(&mut self) {
+        if let Some(mut launcher) = self.launcher.take() {
+            // Closes its standard input first.
+            launcher.wait().ok();
+        }
+    }
+
     fn end(&mut self, directory: &Directory) -> Result<(), Error> {
-        self.leash = None;
-        end_process(directory)?;
+        let ended = end_process(directory);
+        self.let_go();
+        ended?;
         directory.remove()?;
         self.base.tidy();
         Ok(())
@@ -237,9 +248,9 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if self.leash.take().is_some() {
-            // The lab ends by itself now; waiting for it makes "after the drop nothing is left" true.
+        if self.launcher.is_some() {
             Self::remove(&self.base, &self.name).ok();
+            self.let_go();
         }
     }
 }

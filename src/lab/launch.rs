@@ -11,8 +11,8 @@ use crate::sys::process::{
 /// What a process has become in [`enter`].
 #[derive(Debug)]
 pub(super) enum Role {
-    /// The process that was started; its work is done.
-    Launcher,
+    /// The process that was started; its work is done. The first process of the lab is its child.
+    Launcher(i32),
     /// The first process of the lab, whose other processes have ended, with the supervisor's exit code.
     First(i32),
     /// The supervisor, inside the lab's namespaces.
@@ -29,7 +29,7 @@ pub(super) fn enter(directory: &Directory) -> Result<Role, Error> {
             // The lab goes on only when `lab down` can find it.
             directory.write_pid(pid).map_err(failed("cannot write the lab's pid file"))?;
             give.write_all(&[1]).map_err(failed("cannot start the lab's first process"))?;
-            Ok(Role::Launcher)
+            Ok(Role::Launcher(pid))
         }
         Split::Child => {
             drop(give);

@@ -3,8 +3,8 @@
 //! with one process. Main types: [`Definition`] (the file), [`Lab`] (a handle on a running one), [`Status`].
 //!
 //! Who runs what: `culvert lab up` starts `culvert lab supervise`, which leaves the shared namespaces (see [`launch`]) and becomes the
-//! first process of its own process namespace plus one child, the [`supervisor`]. The supervisor holds every network namespace by a
-//! descriptor only, builds the links ([`topology`]), starts proxies and pod commands, and answers on a socket ([`control`]). When the
+//! first process of its own process namespace plus one child, the `supervisor`. The supervisor holds every network namespace by a
+//! descriptor only, builds the links (`topology`), starts proxies and pod commands, and answers on a socket ([`control`]). When the
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
 pub mod control;

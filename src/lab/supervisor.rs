@@ -15,6 +15,7 @@ use super::directory::{Base, Directory};
 use super::launch::{Role, enter};
 use super::running::Running;
 use super::{Error, Status};
+use crate::sys::process::wait_for;
 
 /// What the supervisor tells the process that started it: lines of JSON on its standard output.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,7 +28,8 @@ pub(super) enum Progress {
 }
 
 /// The whole life of a lab, as `culvert lab supervise`: leaves the machine's namespaces, builds the lab of `name` below `base` from the
-/// file in its directory with `program` as its proxies, and serves it until SIGTERM, or with `leashed` until standard input ends.
+/// file in its directory with `program` as its proxies, and serves it until SIGTERM, or until standard input ends: with `leashed` ever,
+/// otherwise only before it is ready.
 /// Must be called with a single thread. Returns the exit code of the process (this function returns in three processes).
 pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i32 {
     let directory = base.lab(name);
@@ -36,7 +38,8 @@ pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i3
         1
     };
     match enter(&directory) {
-        Ok(Role::Launcher) => 0,
+        // Whoever holds the leash also learns from us that the lab has ended, and no process that has ended stays unnoticed.
+        Ok(Role::Launcher(first)) => i32::from(leashed && wait_for(first).is_err()),
         Ok(Role::First(code)) => code,
         Err(error) => failed(&error),
         Ok(Role::Supervisor) => {
@@ -56,24 +59,22 @@ pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i3
 async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::failed("cannot wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::failed("cannot wait for signals"))?;
-    let (ended, mut let_go) = oneshot::channel();
-    // Without a leash the sender is kept, so that it never tells.
-    let _unleashed = if leashed { watch_leash(ended).map(|()| None)? } else { Some(ended) };
-    let asked_to_end = async {
+    let signalled = async {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            _ = &mut let_go => {}
         }
     };
-    tokio::pin!(asked_to_end);
+    tokio::pin!(signalled);
+    let mut let_go = watch_leash()?;
     let text = std::fs::read_to_string(directory.definition()).map_err(Error::failed("cannot read the lab's definition"))?;
     let definition = Definition::parse(&text)?;
     let socket = directory.control_socket();
     let mut running = tokio::select! {
         started = Running::start(name, program, directory, definition) => started?,
-        // Half of it may run: the end of the process namespace ends that too.
-        () = &mut asked_to_end => return Ok(()),
+        // Half of it may run: the end of the process namespace ends that too. Until it is ready every lab is on its starter's leash.
+        () = &mut signalled => return Ok(()),
+        _ = &mut let_go => return Ok(()),
     };
     let listener = UnixListener::bind(&socket).map_err(Error::failed(format!("cannot listen on {}", socket.display())))?;
     tell(&Progress::Ready);
@@ -87,7 +88,8 @@ async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool
                 }
                 Err(error) => eprintln!("cannot accept on the control socket: {error}"),
             },
-            () = &mut asked_to_end => break,
+            () = &mut signalled => break,
+            _ = &mut let_go, if leashed => break,
         }
     }
     running.stop().await;
@@ -121,13 +123,15 @@ async fn obey(running: &mut Running, request: Request) -> Result<Status, Error> 
 }
 
 /// Tells when standard input ends, which it does when whoever holds the other end ends, however that happens.
-fn watch_leash(ended: oneshot::Sender<()>) -> Result<(), Error> {
+fn watch_leash() -> Result<oneshot::Receiver<()>, Error> {
+    let (ended, let_go) = oneshot::channel();
     let hold = move || {
         let mut buffer = [0; 64];
         while matches!(std::io::stdin().read(&mut buffer), Ok(1..)) {}
         ended.send(()).ok();
     };
-    std::thread::Builder::new().name("leash".into()).spawn(hold).map(drop).map_err(Error::failed("cannot watch the leash"))
+    std::thread::Builder::new().name("leash".into()).spawn(hold).map_err(Error::failed("cannot watch the leash"))?;
+    Ok(let_go)
 }
 
 fn tell(progress: &Progress) {

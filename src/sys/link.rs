@@ -13,6 +13,8 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 
 const VETH_INFO_PEER: u16 = 1;
 const BRIDGE_MULTICAST_SNOOPING: u16 = 23;
+/// `IFA_F_NODAD` of `struct ifaddrmsg`.
+const NO_DUPLICATE_DETECTION: u8 = 0x02;
 const HEADER: usize = 16;
 /// A kernel answer to one request is a few hundred bytes; link dumps are not used here.
 const ANSWER: usize = 32 * 1024;
@@ -99,7 +101,7 @@ impl Links {
     pub fn add_address(&self, name: &str, address: IpNet) -> io::Result<()> {
         let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
         let index = self.index(name)?.to_ne_bytes();
-        message.bytes(&[family(address.addr()), address.prefix_len(), libc::IFA_F_NODAD as u8, 0]);
+        message.bytes(&[family(address.addr()), address.prefix_len(), NO_DUPLICATE_DETECTION, 0]);
         message.bytes(&index);
         message.attribute(libc::IFA_LOCAL, &octets(address.addr()));
         message.attribute(libc::IFA_ADDRESS, &octets(address.addr()));
@@ -221,7 +223,9 @@ fn c_name(name: &str) -> io::Result<Vec<u8>> {
 }
 
 fn family(ip: IpAddr) -> u8 {
-    if ip.is_ipv4() { libc::AF_INET as u8 } else { libc::AF_INET6 as u8 }
+    const INET: u8 = 2;
+    const INET6: u8 = 10;
+    if ip.is_ipv4() { INET } else { INET6 }
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {

@@ -94,6 +94,20 @@ pub fn be_first_process(main: i32) -> io::Result<i32> {
     }
 }
 
+/// Waits for a child of this process to end.
+///
+/// # Errors
+/// `ECHILD` when it is no child of this process.
+pub fn wait_for(child: i32) -> io::Result<()> {
+    loop {
+        match waitpid(Pid::from_raw(child), None) {
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => return Ok(()),
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// Mounts a fresh `/proc` that shows the process namespace this process is in.
 ///
 /// # Errors
