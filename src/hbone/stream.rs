@@ -6,17 +6,21 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::dial::StreamSlot;
-use crate::forward::{Ended, ReadSize};
+use crate::forward::{Backlog, Ended, ReadSize, socket_error};
 use crate::sys::socket::reset_on_close;
 use crate::telemetry::Meter;
+
+/// With this many bytes in the backlog, writing comes before reading.
+const ENOUGH: usize = 256 << 10;
 
 /// On which side of the tunnel the application socket is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,24 +31,49 @@ pub enum Role {
     Server,
 }
 
-/// One open stream of a tunnel.
+/// One open stream of a tunnel. Dropped before its end, it is reset with CANCEL.
 pub struct TunnelStream {
     send: SendStream<Bytes>,
     receive: RecvStream,
+    finished: bool,
     /// Gives the place in the pooled tunnel back when the stream is over.
     _slot: Option<StreamSlot>,
 }
 
+impl Drop for TunnelStream {
+    fn drop(&mut self) {
+        if !self.finished {
+            // Left alone, h2 would say NO_ERROR in some states, which reads as a clean end.
+            self.send.send_reset(Reason::CANCEL);
+        }
+    }
+}
+
+/// An application's socket that is reset when it is dropped before its connection has ended: the application must not take a cut for an end.
+struct Application {
+    socket: TcpStream,
+    finished: bool,
+}
+
+impl Drop for Application {
+    fn drop(&mut self) {
+        if !self.finished {
+            // A socket that refuses the option is closed all the same.
+            let _ = reset_on_close(&self.socket);
+        }
+    }
+}
+
 impl TunnelStream {
     pub(super) fn new(send: SendStream<Bytes>, receive: RecvStream, slot: Option<StreamSlot>) -> Self {
-        Self { send, receive, _slot: slot }
+        Self { send, receive, finished: false, _slot: slot }
     }
 
-    /// Moves bytes between the stream and the application's socket until both directions have ended. Dropping the future resets the stream
-    /// with CANCEL and closes the socket.
-    pub async fn relay(mut self, mut socket: TcpStream, role: Role, meter: &Meter) -> Ended {
+    /// Moves bytes between the stream and the application's socket until both directions have ended. Dropping the future resets both.
+    pub async fn relay(mut self, socket: TcpStream, role: Role, meter: &Meter) -> Ended {
+        let mut application = Application { socket, finished: false };
         let outcome = {
-            let (read, write) = socket.split();
+            let (read, write) = application.socket.split();
             let to_peer = upload(read, &mut self.send, |bytes| match role {
                 Role::Client => meter.received(bytes),
                 Role::Server => meter.sent(bytes),
@@ -56,13 +85,12 @@ impl TunnelStream {
             tokio::try_join!(to_peer, from_peer)
         };
         match outcome {
-            Ok(((), ())) => Ended::Finished,
-            Err(error) => {
-                // A socket that refuses the option is closed all the same.
-                let _ = reset_on_close(&socket);
-                self.send.send_reset(Reason::CANCEL);
-                Ended::from_error(error)
+            Ok(((), ())) => {
+                application.finished = true;
+                self.finished = true;
+                Ended::Finished
             }
+            Err(error) => Ended::from_error(error),
         }
     }
 
@@ -79,18 +107,18 @@ async fn upload(read: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: impl Fn
     let mut buffer = BytesMut::new();
     loop {
         tokio::select! {
+            biased;
+            reason = poll_fn(|context| send.poll_reset(context)) => return ended_by(reason),
             ready = read.readable() => { ready?; }
-            reason = poll_fn(|context| send.poll_reset(context)) => match reason {
-                Ok(reason) => return ended_by(reason),
-                Err(error) => return Err(tunnel_error(error)),
-            },
         }
         buffer.reserve(size.bytes());
         match read.try_read_buf(&mut buffer) {
-            Ok(0) => return send.send_data(Bytes::new(), true).map_err(tunnel_error),
+            Ok(0) => return finish(send),
             Ok(bytes) => {
                 size.learn(bytes);
-                send_all(send, buffer.split().freeze()).await?;
+                if !send_all(send, buffer.split().freeze()).await? {
+                    return Ok(());
+                }
                 count(bytes as u64);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -102,40 +130,84 @@ async fn upload(read: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: impl Fn
     }
 }
 
-/// Sends as the peer's window allows, so that a peer that stops reading stops us from reading the application.
-async fn send_all(send: &mut SendStream<Bytes>, mut data: Bytes) -> io::Result<()> {
-    while !data.is_empty() {
-        send.reserve_capacity(data.len());
-        match poll_fn(|context| send.poll_capacity(context)).await {
-            Some(Ok(capacity)) => {
-                let part = data.split_to(capacity.min(data.len()));
-                if !part.is_empty() {
-                    send.send_data(part, false).map_err(tunnel_error)?;
-                }
-            }
-            Some(Err(error)) => return Err(tunnel_error(error)),
-            None => return Err(io::ErrorKind::BrokenPipe.into()),
-        }
+/// FIN is END_STREAM on an empty DATA frame.
+fn finish(send: &mut SendStream<Bytes>) -> io::Result<()> {
+    match send.send_data(Bytes::new(), true) {
+        Ok(()) => Ok(()),
+        Err(error) => match poll_reset_now(send) {
+            Some(reason) => ended_by(reason),
+            None => Err(tunnel_error(error)),
+        },
     }
-    Ok(())
 }
 
-/// Tunnel → application. Credit is given back only when the application took the bytes.
+/// Sends as the peer's window allows, so that a peer that stops reading stops us from reading the application. Never sends an empty frame, of
+/// which h2's receiver takes 100 in a connection's life. `false` when the peer wants no more.
+async fn send_all(send: &mut SendStream<Bytes>, mut data: Bytes) -> io::Result<bool> {
+    while !data.is_empty() {
+        send.reserve_capacity(data.len());
+        let sent = match poll_fn(|context| send.poll_capacity(context)).await {
+            Some(Ok(capacity)) => {
+                let part = data.split_to(capacity.min(data.len()));
+                if part.is_empty() { Ok(()) } else { send.send_data(part, false).map_err(tunnel_error) }
+            }
+            Some(Err(error)) => Err(tunnel_error(error)),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        if let Err(error) = sent {
+            return match poll_reset_now(send) {
+                Some(reason) => ended_by(reason).map(|()| false),
+                None => Err(error),
+            };
+        }
+    }
+    Ok(true)
+}
+
+/// The reset that the peer has sent, if any.
+fn poll_reset_now(send: &mut SendStream<Bytes>) -> Option<Result<Reason, h2::Error>> {
+    match send.poll_reset(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
+        Poll::Ready(reason) => Some(reason),
+        Poll::Pending => None,
+    }
+}
+
+/// Tunnel → application. Credit is given back only when the application took the bytes, but frames are taken out of h2 at once: it keeps 256
+/// bytes for each, however small, and ends the tunnel when too many wait. What waits here is bounded by the stream's window.
 async fn download(receive: &mut RecvStream, mut write: WriteHalf<'_>, count: impl Fn(u64)) -> io::Result<()> {
+    let mut backlog = Backlog::default();
+    let mut open = true;
     loop {
-        match receive.data().await {
-            Some(Ok(data)) => {
-                write.write_all(&data).await?;
-                count(data.len() as u64);
-                receive.flow_control().release_capacity(data.len()).map_err(tunnel_error)?;
+        while open && backlog.len() < ENOUGH {
+            match poll_fn(|context| Poll::Ready(receive.poll_data(context))).await {
+                Poll::Ready(next) => open = take(next, &mut backlog)?,
+                Poll::Pending => break,
             }
-            Some(Err(error)) => {
-                if error.reason() == Some(Reason::NO_ERROR) && error.is_reset() {
-                    break;
+        }
+        if !backlog.is_empty() {
+            match backlog.write(|slices| write.try_write_vectored(slices)) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    count(written as u64);
+                    receive.flow_control().release_capacity(written).map_err(tunnel_error)?;
+                    tokio::task::consume_budget().await;
+                    continue;
                 }
-                return Err(tunnel_error(error));
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
-            None => break,
+        } else if !open {
+            break;
+        }
+        tokio::select! {
+            biased;
+            next = receive.data(), if open => open = take(next, &mut backlog)?,
+            ready = write.ready(Interest::WRITABLE), if !backlog.is_empty() => { ready?; }
+            // An application that closes altogether after its FIN is noticed here and nowhere else.
+            ready = write.ready(Interest::ERROR), if backlog.is_empty() => {
+                ready?;
+                return Err(socket_error(write.as_ref()));
+            }
         }
     }
     match write.shutdown().await {
@@ -144,8 +216,25 @@ async fn download(receive: &mut RecvStream, mut write: WriteHalf<'_>, count: imp
     }
 }
 
-fn ended_by(reason: Reason) -> io::Result<()> {
-    if reason == Reason::NO_ERROR { Ok(()) } else { Err(reset_error(reason)) }
+/// Keeps what came; `false` when it was the end.
+fn take(next: Option<Result<Bytes, h2::Error>>, backlog: &mut Backlog) -> io::Result<bool> {
+    match next {
+        Some(Ok(data)) => {
+            backlog.push(data);
+            Ok(true)
+        }
+        Some(Err(error)) if error.is_reset() && error.reason() == Some(Reason::NO_ERROR) => Ok(false),
+        Some(Err(error)) => Err(tunnel_error(error)),
+        None => Ok(false),
+    }
+}
+
+fn ended_by(reason: Result<Reason, h2::Error>) -> io::Result<()> {
+    match reason {
+        Ok(Reason::NO_ERROR) => Ok(()),
+        Ok(reason) => Err(reset_error(reason)),
+        Err(error) => Err(tunnel_error(error)),
+    }
 }
 
 fn reset_error(reason: Reason) -> io::Error {
