@@ -2,7 +2,7 @@
 
 use std::io;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -34,25 +34,40 @@ impl Ended {
     }
 }
 
+/// Two sockets that are reset when they are dropped before their connection has ended: neither side must take a cut for an end.
+struct Pair {
+    client: TcpStream,
+    server: TcpStream,
+    finished: bool,
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if !self.finished {
+            // A socket that refuses the option is closed all the same.
+            let _ = reset_on_close(&self.client);
+            let _ = reset_on_close(&self.server);
+        }
+    }
+}
+
 /// Relays between the client's socket and the server's until both directions have ended. Bytes from the client count as received, bytes to it
-/// as sent (reference, dataplane §10.4).
-pub async fn relay(mut client: TcpStream, mut server: TcpStream, meter: &Meter) -> Ended {
+/// as sent (reference, dataplane §10.4). Dropping the future resets both.
+pub async fn relay(client: TcpStream, server: TcpStream, meter: &Meter) -> Ended {
+    let mut pair = Pair { client, server, finished: false };
     let outcome = {
-        let (client_read, client_write) = client.split();
-        let (server_read, server_write) = server.split();
+        let (client_read, client_write) = pair.client.split();
+        let (server_read, server_write) = pair.server.split();
         let up = pump(client_read, server_write, |bytes| meter.received(bytes));
         let down = pump(server_read, client_write, |bytes| meter.sent(bytes));
         tokio::try_join!(up, down)
     };
     match outcome {
-        Ok(((), ())) => Ended::Finished,
-        Err(error) => {
-            // The one side is gone: the other must not take a clean end for the end of the data.
-            // A socket that refuses the option is closed all the same.
-            let _ = reset_on_close(&client);
-            let _ = reset_on_close(&server);
-            Ended::from_error(error)
+        Ok(((), ())) => {
+            pair.finished = true;
+            Ended::Finished
         }
+        Err(error) => Ended::from_error(error),
     }
 }
 
@@ -60,7 +75,15 @@ pub async fn relay(mut client: TcpStream, mut server: TcpStream, meter: &Meter) 
 async fn pump(read: ReadHalf<'_>, mut write: WriteHalf<'_>, count: impl Fn(u64)) -> io::Result<()> {
     let mut size = ReadSize::default();
     loop {
-        read.readable().await?;
+        tokio::select! {
+            biased;
+            ready = read.readable() => { ready?; }
+            // A receiver that closes altogether after its FIN is noticed here and nowhere else.
+            ready = write.ready(Interest::ERROR) => {
+                ready?;
+                return Err(socket_error(write.as_ref()));
+            }
+        }
         let mut buffer = Vec::with_capacity(size.bytes());
         match read.try_read_buf(&mut buffer) {
             Ok(0) => {
@@ -79,3 +102,14 @@ async fn pump(read: ReadHalf<'_>, mut write: WriteHalf<'_>, count: impl Fn(u64))
         }
     }
 }
+
+/// Why a socket is ready to report an error.
+pub fn socket_error(socket: &TcpStream) -> io::Error {
+    match socket.take_error() {
+        Ok(Some(error)) | Err(error) => error,
+        Ok(None) => io::ErrorKind::ConnectionReset.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

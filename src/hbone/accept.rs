@@ -1,13 +1,17 @@
 //! The serving side: TLS, then the requests of one tunnel.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Poll;
 
 use tokio::net::TcpStream;
+use tokio::time::sleep_until;
 
-use super::engine::{self, Asked, Command, Established};
+use super::engine::{self, Asked, Command, Next, Side, Tunnel};
+use super::lifetime::Lifetime;
 use super::stream::TunnelStream;
-use super::{BadRequest, Config, ConnectRequest, ConnectResponse, Error, Refusal, hpack};
+use super::{BadRequest, ConnectRequest, ConnectResponse, Endpoint, Error, Refusal, hpack};
 use crate::identity::{Credential, peer_identity};
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::SpiffeId;
@@ -16,20 +20,49 @@ use crate::model::SpiffeId;
 pub struct ServerTunnel {
     peer: SpiffeId,
     address: SocketAddr,
-    established: Established,
-    config: Arc<Config>,
+    lifetime: Lifetime,
+    tunnel: Tunnel,
+    /// Requests that came together with the peer's first SETTINGS.
+    first: Vec<Asked>,
 }
 
-/// Finishes the TLS handshake on an accepted socket within [`Config::handshake_deadline`]; the peer's first SETTINGS have as long again.
-pub async fn accept(socket: TcpStream, address: SocketAddr, credential: &Credential, config: &Arc<Config>) -> Result<ServerTunnel, Error> {
-    match tokio::time::timeout(config.handshake_deadline, Box::pin(engine::welcome(socket, credential))).await {
-        Ok(established) => {
-            let established = established?;
-            let peer = peer_identity(&established.chain)?;
-            Ok(ServerTunnel { peer, address, established, config: config.clone() })
-        }
-        Err(_) => Err(Error::HandshakeDeadline(config.handshake_deadline)),
+/// Finishes the handshakes on an accepted socket: TLS, the HTTP/2 preface and the peer's first SETTINGS, all within
+/// [`Config::handshake_deadline`](super::Config::handshake_deadline).
+///
+/// # Errors
+/// Why the peer is not served. The socket is closed.
+pub async fn accept(socket: TcpStream, address: SocketAddr, credential: &Credential, endpoint: &Arc<Endpoint>) -> Result<ServerTunnel, Error> {
+    let handshake = async {
+        let established = engine::welcome(socket, credential).await?;
+        let peer = peer_identity(&established.chain)?;
+        let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
+        let mut tunnel = Tunnel::new(established, Side::Server, endpoint.clone())?;
+        let first = first_settings(&mut tunnel).await?;
+        Ok(ServerTunnel { peer, address, lifetime, tunnel, first })
+    };
+    let deadline = endpoint.config.handshake_deadline;
+    match tokio::time::timeout(deadline, Box::pin(handshake)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::HandshakeDeadline(deadline)),
     }
+}
+
+/// A peer that stays silent must not be taken for one that is alive.
+async fn first_settings(tunnel: &mut Tunnel) -> Result<Vec<Asked>, Error> {
+    let mut first = Vec::new();
+    poll_fn(|context| {
+        loop {
+            match tunnel.poll_next(context) {
+                Poll::Ready(Next::Asked(asked)) => first.push(asked),
+                Poll::Ready(Next::Over(Err(error))) => return Poll::Ready(Err(Error::Handshake(error.to_string()))),
+                Poll::Ready(Next::Over(Ok(()))) => return Poll::Ready(Err(Error::Handshake("the peer closed the connection".to_owned()))),
+                Poll::Pending if tunnel.is_settled() => return Poll::Ready(Ok(())),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    })
+    .await?;
+    Ok(first)
 }
 
 impl ServerTunnel {
@@ -45,22 +78,43 @@ impl ServerTunnel {
         self.address
     }
 
-    /// Serves until the peer leaves, stops answering PINGs, or a drain ends it. A graceful drain sends GOAWAY and lets streams finish; an
-    /// immediate one drops everything.
-    pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming) + Send + 'static) -> Result<(), Error> {
-        let tunnel = engine::server(self.established, self.config, move |asked| on_request(Incoming::new(asked)))?;
+    /// Serves until the peer leaves, stops answering PINGs, misbehaves, or a drain or the end of a certificate ends it. A graceful drain sends
+    /// GOAWAY and lets streams finish; an immediate one drops everything.
+    ///
+    /// # Errors
+    /// Why the tunnel ended, unless the peer or a drain ended it in good order.
+    pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming)) -> Result<(), Error> {
+        let Self { mut tunnel, lifetime, first, .. } = self;
         let inbox = tunnel.inbox().clone();
-        let told = async move {
+        for asked in first {
+            on_request(Incoming::new(asked));
+        }
+        let told = async {
             if drain.signaled().await == DrainMode::Graceful {
                 // A tunnel that has ended needs no drain.
                 let _ = inbox.send(Command::Drain);
                 drain.forced().await;
             }
         };
+        let expired = async {
+            sleep_until(lifetime.farewell).await;
+            let _ = inbox.send(Command::Drain);
+            sleep_until(lifetime.end).await;
+        };
+        let over = poll_fn(|context| {
+            loop {
+                match tunnel.poll_next(context) {
+                    Poll::Ready(Next::Asked(asked)) => on_request(Incoming::new(asked)),
+                    Poll::Ready(Next::Over(outcome)) => return Poll::Ready(outcome),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        });
         tokio::select! {
             biased;
             () = told => Ok(()),
-            outcome = tunnel => outcome,
+            () = expired => Err(Error::Tunnel("a certificate of the tunnel expired a minute ago".to_owned())),
+            outcome = over => outcome,
         }
     }
 }

@@ -1,17 +1,20 @@
 //! The dialling side: TCP, TLS, HTTP/2, and streams on the tunnel that results.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
-use super::engine::{self, Answered, Command, Inbox};
+use super::engine::{self, Answered, Command, Inbox, Next, Side, Tunnel};
+use super::lifetime::Lifetime;
 use super::stream::TunnelStream;
-use super::{Config, ConnectRequest, ConnectResponse, Error};
+use super::{ConnectRequest, ConnectResponse, Endpoint, Error};
 use crate::identity::{Credential, expect_peer};
 use crate::model::SpiffeId;
 
@@ -35,8 +38,8 @@ pub(super) struct StreamSlot(Arc<State>);
 
 impl Drop for StreamSlot {
     fn drop(&mut self) {
-        self.0.in_use.fetch_sub(1, Ordering::AcqRel);
         self.0.touch();
+        self.0.in_use.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -52,30 +55,49 @@ impl State {
     }
 }
 
-/// Makes a tunnel on a connected socket: TLS with our credential within [`Config::handshake_deadline`], and the peer must be one of `expected`.
+/// Makes a tunnel on a connected socket: TLS with our credential within
+/// [`Config::handshake_deadline`](super::Config::handshake_deadline), and the peer must be one of `expected`. Streams may be opened before the
+/// peer's first SETTINGS arrive, which saves a round trip; a peer that has not sent them by the deadline loses the tunnel.
 pub(super) async fn handshake(
     socket: TcpStream,
     credential: &Credential,
     expected: &[SpiffeId],
-    config: &Arc<Config>,
+    endpoint: &Arc<Endpoint>,
 ) -> Result<ClientTunnel, Error> {
     let address = socket.peer_addr().map_err(Error::Connect)?;
-    let established = match tokio::time::timeout(config.handshake_deadline, Box::pin(engine::connect(socket, credential))).await {
+    let deadline = endpoint.config.handshake_deadline;
+    let established = match tokio::time::timeout(deadline, Box::pin(engine::connect(socket, credential))).await {
         Ok(established) => established?,
-        Err(_) => return Err(Error::HandshakeDeadline(config.handshake_deadline)),
+        Err(_) => return Err(Error::HandshakeDeadline(deadline)),
     };
     let peer = expect_peer(&established.chain, expected)?;
+    let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
     let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
-    let tunnel = engine::client(established, config.clone())?;
+    let tunnel = Tunnel::new(established, Side::Client, endpoint.clone())?;
     let inbox = tunnel.inbox().clone();
-    tokio::spawn(drive(tunnel, state.clone(), address));
-    Ok(ClientTunnel { peer, inbox, state, max_streams: usize::from(config.pool_max_streams).max(1) })
+    tokio::spawn(drive(tunnel, lifetime, state.clone(), address));
+    Ok(ClientTunnel { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams) })
 }
 
 /// Owns the tunnel until it ends.
-async fn drive(tunnel: impl Future<Output = Result<(), Error>>, state: Arc<State>, address: SocketAddr) {
-    if let Err(error) = tunnel.await {
-        tracing::warn!(peer = %address, %error, "tunnel lost");
+async fn drive(mut tunnel: Tunnel, lifetime: Lifetime, state: Arc<State>, address: SocketAddr) {
+    let expired = async {
+        sleep_until(lifetime.farewell).await;
+        // New streams take a new tunnel, made with new certificates.
+        state.closed.store(true, Ordering::Release);
+        sleep_until(lifetime.end).await;
+    };
+    let over = poll_fn(|context| match tunnel.poll_next(context) {
+        Poll::Ready(Next::Over(outcome)) => Poll::Ready(outcome),
+        // A server asks nothing: the request was refused below.
+        Poll::Ready(Next::Asked(_)) | Poll::Pending => Poll::Pending,
+    });
+    tokio::select! {
+        biased;
+        () = expired => tracing::warn!(peer = %address, "tunnel cut: a certificate of it expired a minute ago"),
+        outcome = over => if let Err(error) = outcome {
+            tracing::warn!(peer = %address, %error, "tunnel lost");
+        },
     }
     state.closed.store(true, Ordering::Release);
 }
@@ -117,7 +139,8 @@ impl ClientTunnel {
         if self.is_closed() {
             return None;
         }
-        let taken = self.state.in_use.fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < self.max_streams).then_some(used + 1));
+        let most = self.max_streams.min(self.inbox.streams()).max(1);
+        let taken = self.state.in_use.fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < most).then_some(used + 1));
         taken.ok().map(|_| StreamSlot(self.state.clone()))
     }
 

@@ -1,19 +1,24 @@
 //! The tunnel: HTTP/2 CONNECT over mutual TLS on port 15008; dials, accepts, pools, keeps alive and limits.
 //! It never decides who may connect (that is `policy`, asked by `proxy`) and shows no HTTP/2 type to its callers, so that the forwarding core
 //! can take the place of the stock `h2` underneath.
-//! Main types: [`ServerTunnel`], [`Pool`], [`TunnelStream`], [`ConnectRequest`].
+//! Main types: [`Endpoint`], [`ServerTunnel`], [`Pool`], [`TunnelStream`], [`ConnectRequest`].
 
 mod accept;
+mod budget;
 mod dial;
 mod engine;
 mod hpack;
+mod lifetime;
 mod pool;
 mod request;
 mod stream;
 
 use std::time::Duration;
 
+use crate::lifecycle::Clock;
+
 pub use accept::{Incoming, ServerTunnel, accept};
+pub use budget::ReceiveBudget;
 pub use dial::ClientTunnel;
 pub use pool::{Dialer, Pool, PoolKey};
 pub use request::{BadRequest, ConnectRequest, ConnectResponse, Refusal};
@@ -25,22 +30,24 @@ pub const PORT: u16 = 15008;
 /// Sizes and times of tunnels.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Receive window of one stream, bytes. Worst case memory of a stream whose reader stopped. Default 4 MiB (`HTTP2_STREAM_WINDOW_SIZE`).
+    /// Full receive window of one stream, bytes. What a stream whose reader stopped can hold. Default 4 MiB (`HTTP2_STREAM_WINDOW_SIZE`). Streams
+    /// have the same part of this as their tunnel has of its full window.
     pub stream_window: u32,
-    /// Receive window of one tunnel, bytes; must exceed [`Config::stream_window`] or an application that stops one stream until another
-    /// progresses can deadlock. Default 16 MiB (`HTTP2_CONNECTION_WINDOW_SIZE`).
+    /// Full receive window of one tunnel, bytes; must exceed [`Config::stream_window`] or an application that stops one stream until another
+    /// progresses can deadlock. Default 16 MiB (`HTTP2_CONNECTION_WINDOW_SIZE`). Tunnels begin with 1 MiB and have it after 4 MiB in a row, if
+    /// the [`ReceiveBudget`] allows; 256 KiB in any case.
     pub connection_window: u32,
-    /// Largest frame that we accept, bytes. Default 1 MiB (`HTTP2_FRAME_SIZE`).
+    /// Largest frame that we accept, bytes; one is held per tunnel. Default 1 MiB (`HTTP2_FRAME_SIZE`).
     pub frame_size: u32,
     /// Streams served at once per tunnel. Default 256.
     pub max_streams: u32,
-    /// Largest decoded header list that we accept, bytes; also what bounds CONTINUATION frames. Default 8 KiB.
+    /// Largest decoded header list that we accept, bytes; beyond it 431, beyond four times it the tunnel ends. Default 8 KiB.
     pub header_list: u32,
     /// TLS, preface and first SETTINGS together must be done by then. Default 10 s.
     pub handshake_deadline: Duration,
     /// A PING is sent after this much time since the last answer. Default 10 s.
     pub ping_interval: Duration,
-    /// A PING without an answer for this long means that the peer is dead. Default 15 s.
+    /// A peer that was silent for this long and has not answered a PING is dead. Default 15 s.
     pub ping_timeout: Duration,
     /// Streams opened at once per pooled tunnel before a sibling is dialled. Default 100 (`POOL_MAX_STREAMS_PER_CONNECTION`).
     pub pool_max_streams: u16,
@@ -62,6 +69,37 @@ impl Default for Config {
             pool_max_streams: 100,
             pool_unused_release: Duration::from_secs(300),
         }
+    }
+}
+
+/// What all tunnels of a node have in common.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Sizes and times.
+    pub config: Config,
+    /// What peers may send before applications have taken it, for all tunnels together. Default 64 MiB (`CULVERT_RECEIVE_BUDGET`).
+    pub budget: ReceiveBudget,
+    /// Tells when certificates expire.
+    pub clock: Clock,
+}
+
+impl Endpoint {
+    /// The receive budget of a node unless it is told another, bytes.
+    pub const RECEIVE_BUDGET: u64 = 64 << 20;
+
+    /// With the default budget and the system's clock.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Self { config, budget: ReceiveBudget::new(Self::RECEIVE_BUDGET), clock: Clock::system() }
+    }
+}
+
+/// A peer that agreed on nothing might speak anything (reference, craft-and-trust H1). TLS itself lets one pass that offers no ALPN.
+fn require_alpn(agreed: Option<&[u8]>) -> Result<(), Error> {
+    match agreed {
+        Some(b"h2") => Ok(()),
+        Some(other) => Err(Error::Handshake(format!("the peer agreed on ALPN {:?} instead of h2", String::from_utf8_lossy(other)))),
+        None => Err(Error::Handshake("the peer did not agree on ALPN h2".to_owned())),
     }
 }
 

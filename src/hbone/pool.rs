@@ -1,20 +1,21 @@
 //! The pool of tunnels that one pod has open (reference, dataplane §2.7).
 //!
 //! For one key only one dial is under way; everybody else waits for it and shares its tunnel, or its error. A tunnel serves at most
-//! [`Config::pool_max_streams`] streams at once and takes new ones again when old ones end (the reference drops a full one for good).
+//! [`Config::pool_max_streams`](super::Config::pool_max_streams) streams at once and takes new ones again when old ones end (the reference
+//! drops a full one for good).
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use super::dial::{ClientTunnel, OpenError, StreamSlot, handshake};
-use super::{Config, ConnectRequest, ConnectResponse, Error, TunnelStream};
+use super::{ConnectRequest, ConnectResponse, Endpoint, Error, TunnelStream};
 use crate::identity::Credential;
 use crate::model::{SpiffeId, Text};
 
@@ -45,76 +46,123 @@ pub struct PoolKey {
 /// The tunnels of one pod. Dropping the pool stops the dials; streams that are open keep their tunnels.
 pub struct Pool {
     shared: Arc<Shared>,
+    /// Dropped with the pool, or told something by [`Pool::abort`]: both end the pool's tasks.
+    stop: watch::Sender<()>,
 }
 
 struct Shared {
-    config: Arc<Config>,
+    endpoint: Arc<Endpoint>,
     dialer: Arc<dyn Dialer>,
-    entries: Mutex<HashMap<PoolKey, Entry>>,
+    tunnels: Mutex<Tunnels>,
+}
+
+#[derive(Default)]
+struct Tunnels {
+    by_key: HashMap<PoolKey, Entry>,
+    dials: u64,
+    /// After [`Pool::abort`].
+    aborted: bool,
 }
 
 #[derive(Default)]
 struct Entry {
     tunnels: Vec<Arc<ClientTunnel>>,
-    dialing: Option<watch::Receiver<Dialed>>,
+    dialing: Option<Dialing>,
+}
+
+/// A dial under way. The number tells it from a later one for the same key.
+struct Dialing {
+    number: u64,
+    outcome: watch::Receiver<Dialed>,
 }
 
 /// What became of a dial.
 type Dialed = Option<Result<(), Arc<Error>>>;
 
-/// How often an open is tried again when the tunnel it got turned out to be closed.
+/// A place on a tunnel.
+struct Checkout {
+    tunnel: Arc<ClientTunnel>,
+    slot: StreamSlot,
+    /// It was dialled for us.
+    fresh: bool,
+}
+
+/// How many newly dialled tunnels may turn out to be closed before an open is given up.
 const ATTEMPTS: usize = 3;
 
 impl Pool {
     /// An empty pool.
     #[must_use]
-    pub fn new(config: Arc<Config>, dialer: Arc<dyn Dialer>) -> Self {
-        let shared = Arc::new(Shared { config, dialer, entries: Mutex::default() });
-        tokio::spawn(release_unused(Arc::downgrade(&shared)));
-        Self { shared }
+    pub fn new(endpoint: Arc<Endpoint>, dialer: Arc<dyn Dialer>) -> Self {
+        let shared = Arc::new(Shared { endpoint, dialer, tunnels: Mutex::default() });
+        let (stop, stopped) = watch::channel(());
+        tokio::spawn(release_unused(Arc::downgrade(&shared), stopped));
+        Self { shared, stop }
     }
 
-    /// Opens a stream to `request`'s authority on a pooled or new tunnel; waits for the answer.
+    /// Opens a stream to `request`'s authority on a pooled or new tunnel; waits for the answer. Dropping the future gives the stream up and
+    /// its place back; a dial that it began goes on for whoever else waits for it.
+    ///
+    /// # Errors
+    /// Shared by all who waited for the same dial. [`Error::Draining`] after [`Pool::abort`].
     pub async fn open(
         &self,
         key: &PoolKey,
         credential: &Arc<Credential>,
         request: &ConnectRequest,
     ) -> Result<(TunnelStream, ConnectResponse, SpiffeId), Arc<Error>> {
-        let mut last = Arc::new(Error::Draining);
-        for _ in 0..ATTEMPTS {
-            let (tunnel, slot) = self.checkout(key, credential).await?;
+        let mut lost = 0;
+        loop {
+            let Checkout { tunnel, slot, fresh } = self.checkout(key, credential).await?;
             match tunnel.open(slot, request).await {
                 Ok((stream, response)) => return Ok((stream, response, tunnel.peer().clone())),
                 Err(OpenError::Failed(error)) => return Err(Arc::new(error)),
-                Err(OpenError::Unusable(error)) => last = Arc::new(error),
+                // The tunnel counts as closed from now on, so that this ends at the latest with a new one.
+                Err(OpenError::Unusable(_)) if !fresh => {}
+                Err(OpenError::Unusable(error)) => {
+                    lost += 1;
+                    if lost == ATTEMPTS {
+                        return Err(Arc::new(error));
+                    }
+                }
             }
         }
-        Err(last)
     }
 
     /// A tunnel with a free place; dials one if there is none.
-    async fn checkout(&self, key: &PoolKey, credential: &Arc<Credential>) -> Result<(Arc<ClientTunnel>, StreamSlot), Arc<Error>> {
+    async fn checkout(&self, key: &PoolKey, credential: &Arc<Credential>) -> Result<Checkout, Arc<Error>> {
+        let mut fresh = false;
         loop {
-            let mut waiting = {
-                let mut entries = self.shared.entries();
-                let entry = entries.entry(key.clone()).or_default();
+            let mut outcome = {
+                let mut tunnels = self.shared.tunnels();
+                if tunnels.aborted {
+                    return Err(Arc::new(Error::Draining));
+                }
+                let Tunnels { by_key, dials, .. } = &mut *tunnels;
+                let entry = by_key.entry(key.clone()).or_default();
                 entry.tunnels.retain(|tunnel| !tunnel.is_closed());
-                if let Some(found) = entry.tunnels.iter().find_map(|tunnel| tunnel.reserve().map(|slot| (tunnel.clone(), slot))) {
-                    return Ok(found);
+                if let Some((tunnel, slot)) = entry.tunnels.iter().find_map(|tunnel| tunnel.reserve().map(|slot| (tunnel.clone(), slot))) {
+                    return Ok(Checkout { tunnel, slot, fresh });
                 }
                 match &entry.dialing {
-                    Some(dialing) => dialing.clone(),
-                    None => {
-                        let (done, dialing) = watch::channel(None);
-                        entry.dialing = Some(dialing.clone());
+                    // One whose task is gone without a word would be waited for in vain.
+                    Some(dialing) if dialing.outcome.has_changed().is_ok() => dialing.outcome.clone(),
+                    _ => {
+                        let (done, outcome) = watch::channel(None);
+                        *dials += 1;
+                        entry.dialing = Some(Dialing { number: *dials, outcome: outcome.clone() });
                         // A task of its own: the connection that asked for the tunnel may go away while others wait for it.
-                        tokio::spawn(self.shared.clone().dial(key.clone(), credential.clone(), done));
-                        dialing
+                        let dial = self.shared.clone().dial(key.clone(), credential.clone(), *dials);
+                        tokio::spawn(unless_stopped(self.stop.subscribe(), async move {
+                            // Nobody may be waiting any more.
+                            let _ = done.send(Some(dial.await));
+                        }));
+                        outcome
                     }
                 }
             };
-            match waiting.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
+            fresh = true;
+            match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
                 Ok(Some(Err(error))) => return Err(error),
                 Ok(_) => {}
                 Err(_) => return Err(Arc::new(Error::Draining)),
@@ -122,24 +170,28 @@ impl Pool {
         }
     }
 
-    /// Drops every tunnel that `keep` does not want; open streams keep theirs.
+    /// Drops every tunnel that `keep` does not want; open streams keep theirs. Dials for what is no longer wanted end in vain.
     pub fn retain(&self, keep: impl Fn(&PoolKey) -> bool) {
-        self.shared.entries().retain(|key, entry| keep(key) || entry.dialing.is_some());
+        self.shared.tunnels().by_key.retain(|key, _| keep(key));
     }
 
-    /// Breaks all tunnels and their streams at once.
+    /// Breaks all tunnels and their streams at once, for good: every later open fails.
     pub fn abort(&self) {
-        for (_, entry) in self.shared.entries().drain() {
-            for tunnel in entry.tunnels {
-                tunnel.abort();
-            }
+        let entries = {
+            let mut tunnels = self.shared.tunnels();
+            tunnels.aborted = true;
+            std::mem::take(&mut tunnels.by_key)
+        };
+        self.stop.send_replace(());
+        for tunnel in entries.into_values().flat_map(|entry| entry.tunnels) {
+            tunnel.abort();
         }
     }
 
     /// How many tunnels are pooled.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.shared.entries().values().map(|entry| entry.tunnels.iter().filter(|tunnel| !tunnel.is_closed()).count()).sum()
+        self.shared.tunnels().by_key.values().map(|entry| entry.tunnels.iter().filter(|tunnel| !tunnel.is_closed()).count()).sum()
     }
 
     /// Whether no tunnel is pooled.
@@ -149,35 +201,38 @@ impl Pool {
     }
 }
 
+/// Ends with the pool.
+async fn unless_stopped(mut stopped: watch::Receiver<()>, task: impl Future<Output = ()>) {
+    tokio::select! {
+        // An error means that the pool was dropped.
+        _ = stopped.changed() => {}
+        () = Box::pin(task) => {}
+    }
+}
+
 impl Shared {
-    fn entries(&self) -> MutexGuard<'_, HashMap<PoolKey, Entry>> {
+    fn tunnels(&self) -> MutexGuard<'_, Tunnels> {
         // Nothing panics while it holds the lock; a poisoned map is still whole.
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn dial(self: Arc<Self>, key: PoolKey, credential: Arc<Credential>, done: watch::Sender<Dialed>) {
+    /// Dials and pools the result, unless nobody wants it any more.
+    async fn dial(self: Arc<Self>, key: PoolKey, credential: Arc<Credential>, number: u64) -> Result<(), Arc<Error>> {
         let outcome = self.connect(&key, &credential).await;
-        let mut entries = self.entries();
-        let told = match outcome {
-            Ok(tunnel) => {
-                let entry = entries.entry(key).or_default();
-                entry.dialing = None;
-                entry.tunnels.push(Arc::new(tunnel));
-                Ok(())
-            }
+        let mut tunnels = self.tunnels();
+        let wanted = tunnels.by_key.get_mut(&key).filter(|entry| entry.dialing.as_ref().is_some_and(|dialing| dialing.number == number));
+        let Some(entry) = wanted else { return Err(Arc::new(Error::Draining)) };
+        entry.dialing = None;
+        match outcome {
+            Ok(tunnel) => entry.tunnels.push(Arc::new(tunnel)),
             Err(error) => {
-                if let Some(entry) = entries.get_mut(&key) {
-                    entry.dialing = None;
-                    if entry.tunnels.is_empty() {
-                        entries.remove(&key);
-                    }
+                if entry.tunnels.is_empty() {
+                    tunnels.by_key.remove(&key);
                 }
-                Err(Arc::new(error))
+                return Err(Arc::new(error));
             }
-        };
-        drop(entries);
-        // Nobody may be waiting any more.
-        let _ = done.send(Some(told));
+        }
+        Ok(())
     }
 
     async fn connect(&self, key: &PoolKey, credential: &Credential) -> Result<ClientTunnel, Error> {
@@ -185,17 +240,21 @@ impl Shared {
             io::ErrorKind::TimedOut => Error::ConnectTimeout(key.next_hop),
             _ => Error::Connect(error),
         })?;
-        handshake(socket, credential, &key.expected, &self.config).await
+        handshake(socket, credential, &key.expected, &self.endpoint).await
     }
 }
 
 /// Lets go of tunnels that nobody used for a while; ends with the pool.
-async fn release_unused(pool: std::sync::Weak<Shared>) {
+async fn release_unused(pool: Weak<Shared>, mut stopped: watch::Receiver<()>) {
     loop {
-        let Some(limit) = pool.upgrade().map(|shared| shared.config.pool_unused_release) else { return };
-        tokio::time::sleep(limit / 4).await;
+        let Some(limit) = pool.upgrade().map(|shared| shared.endpoint.config.pool_unused_release) else { return };
+        tokio::select! {
+            _ = stopped.changed() => return,
+            () = tokio::time::sleep(limit / 4) => {}
+        }
         let Some(shared) = pool.upgrade() else { return };
-        shared.entries().retain(|_, entry| {
+        // Places are taken under the same lock, so that no tunnel goes that somebody has just begun to use.
+        shared.tunnels().by_key.retain(|_, entry| {
             entry.tunnels.retain(|tunnel| !tunnel.is_closed() && tunnel.idle_for().is_none_or(|idle| idle < limit));
             !entry.tunnels.is_empty() || entry.dialing.is_some()
         });

@@ -40,9 +40,9 @@ impl TunnelStream {
 
     /// Moves bytes between the stream and the application's socket until both directions have ended. Dropping the future resets the stream
     /// with CANCEL, and the socket.
-    pub async fn relay(mut self, socket: TcpStream, role: Role, meter: Arc<Meter>) -> Ended {
+    pub async fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Ended {
         let (done, ended) = oneshot::channel();
-        let attach = Box::new(Attach { id: self.id, socket, role, meter, done });
+        let attach = Box::new(Attach { id: self.id, socket, role, meter: meter.clone(), done });
         let gone = || Ended::Disconnected(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel is gone"));
         if let Err(command) = self.inbox.send(Command::Attach(attach)) {
             if let Command::Attach(attach) = command {

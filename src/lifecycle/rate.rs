@@ -116,6 +116,13 @@ impl<K: Eq + Hash> RateBudgets<K> {
         Ok(())
     }
 
+    /// Whether [`take`](Self::take) would give `key` one now. Takes nothing: for what is to be counted only once its outcome is known.
+    pub fn check(&self, key: &K) -> Result<(), RateExceeded> {
+        let now = Instant::now();
+        // A copy of the bucket pays; one that is not remembered is full.
+        self.locked().by_key.get(key).copied().map_or(Ok(()), |mut bucket| bucket.take(self.rate, now))
+    }
+
     /// How many keys are remembered.
     #[must_use]
     pub fn keys(&self) -> usize {

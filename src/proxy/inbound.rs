@@ -1,11 +1,12 @@
 //! Inbound HBONE: tunnels that peers open to a pod's 15008, and the requests in them (reference, dataplane §4.1–4.4).
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
 use super::connections::{LiveConnection, Protocol};
+use super::failed_dials::FailedDials;
 use super::pod::PodProxy;
 use super::route;
 use super::session::{Accepted, Client, Connected, Error, Identified, service_facts};
@@ -91,10 +92,15 @@ async fn carry(
     drain: &mut DrainWatcher,
 ) -> ConnectionEnd {
     let workload = routed.identified.workload.clone();
+    let target = routed.target.ip();
+    let mut attempt = DialAttempt { failed: &pod.node.failed_dials, peer, target, dialed: false };
+    let dialing = &mut attempt.dialed;
     let establish = async {
         let cleared = routed.permit(&pod.guard).await?;
         // One peer's dials must not take every descriptor of the node.
         let _dial = pod.node.dials.acquire(peer.clone()).map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
+        pod.node.failed_dials.check(peer, target).map_err(|refused| Error::Limit("dials for this peer that came to nothing", refused))?;
+        *dialing = true;
         cleared.connect(&pod.sockets).await
     };
     let established: Result<Connected, Error> = tokio::select! {
@@ -115,8 +121,33 @@ async fn carry(
     };
     let response = ConnectResponse { baggage: pod.node.config.baggage.then(|| Baggage::of(&workload)) };
     match incoming.accept(&response) {
-        Ok(stream) => connected.relay(Client::Tunnel(stream), &record.meter(), drain).await,
+        Ok(stream) => {
+            attempt.succeeded();
+            connected.relay(Client::Tunnel(stream), &record.meter(), drain).await
+        }
         Err(_) => Error::Abandoned.end(),
+    }
+}
+
+/// Counts a dial as come to nothing unless its request was answered with 200.
+struct DialAttempt<'a> {
+    failed: &'a FailedDials,
+    peer: &'a SpiffeId,
+    target: IpAddr,
+    dialed: bool,
+}
+
+impl DialAttempt<'_> {
+    fn succeeded(mut self) {
+        self.dialed = false;
+    }
+}
+
+impl Drop for DialAttempt<'_> {
+    fn drop(&mut self) {
+        if self.dialed {
+            self.failed.count(self.peer, self.target);
+        }
     }
 }
 

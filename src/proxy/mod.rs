@@ -4,6 +4,7 @@
 
 mod accept;
 mod connections;
+mod failed_dials;
 mod guard;
 mod inbound;
 mod outbound;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use connections::{ConnectionTable, LiveConnection, Protocol};
+pub use failed_dials::FailedDials;
 pub use own_tunnel::serve_own_tunnel;
 pub use pod::PodProxy;
 pub use prefetch::prefetch_certificates;
@@ -59,8 +61,8 @@ pub struct Config {
 pub struct Node {
     /// How connections are treated.
     pub config: Config,
-    /// Sizes and times of tunnels.
-    pub hbone: Arc<hbone::Config>,
+    /// Sizes and times of tunnels, and what they share.
+    pub hbone: Arc<hbone::Endpoint>,
     /// The mesh as it is known.
     pub mesh: Mesh,
     /// Certificates of local identities.
@@ -71,4 +73,6 @@ pub struct Node {
     pub unauthenticated: Permits<IpAddr>,
     /// Dials under way on behalf of a peer: 64 each.
     pub dials: Permits<SpiffeId>,
+    /// Dials that came to nothing, per peer and pod: 100 per second.
+    pub failed_dials: FailedDials,
 }

@@ -104,7 +104,7 @@ async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, record: &Ope
                 forwarded_network: None,
             };
             let (stream, _answer, _peer) = pod.pool.open(&key, &credential, &request).await?;
-            closed(stream.relay(socket, Role::Client, record.meter()).await)
+            closed(stream.relay(socket, Role::Client, &record.meter()).await)
         }
     }
 }

@@ -210,7 +210,7 @@ impl Connected {
         let transfer = async {
             match client {
                 Client::Plain(client) => relay(client, socket, meter).await,
-                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter.clone()).await,
+                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter).await,
             }
         };
         let end = tokio::select! {

@@ -21,11 +21,12 @@ use super::settings::{Mode, Settings};
 use crate::admin::{self, AdminSources, Readiness};
 use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh};
+use crate::hbone::{Endpoint, ReceiveBudget};
 use crate::identity::{Credentials, LocalIssuer};
 use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
-use crate::proxy::{Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
+use crate::proxy::{FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
 use crate::telemetry::logging::{self, LogConfig, LogFormat, LogHandle};
 use crate::telemetry::{Telemetry, TelemetryConfig};
@@ -78,12 +79,13 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let (unauthenticated, per_source) = settings.unauthenticated;
     let node = Arc::new(Node {
         config: settings.proxy.clone(),
-        hbone: Arc::new(settings.hbone.clone()),
+        hbone: Arc::new(Endpoint { config: settings.hbone.clone(), budget: ReceiveBudget::new(settings.receive_budget), clock: Clock::system() }),
         mesh: mesh.clone(),
         credentials: credentials.clone(),
         telemetry: telemetry.clone(),
         unauthenticated: Permits::new(PermitLimits { total: unauthenticated, per_key: per_source }),
         dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),
+        failed_dials: FailedDials::new(settings.failed_dials),
     });
     let (trigger, drain) = drain::channel();
     let pods = match &settings.mode {

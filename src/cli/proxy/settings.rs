@@ -117,6 +117,13 @@ pub(crate) struct Args {
     /// Dials under way at once on behalf of one peer.
     #[arg(long, env = "CULVERT_MAX_PENDING_DIALS", default_value_t = 64)]
     max_pending_dials: usize,
+    /// Dials per second on behalf of one peer to one pod that may come to nothing: they failed, or the request was gone before its answer. Beyond
+    /// it requests are refused without a dial. Dials that succeed are not limited: ordinary load is thousands of them.
+    #[arg(long, env = "CULVERT_MAX_FAILED_DIALS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    max_failed_dials: u32,
+    /// Bytes that all peers together may send before applications have taken them, beyond 256 KiB of each tunnel.
+    #[arg(long, env = "CULVERT_RECEIVE_BUDGET", default_value_t = crate::hbone::Endpoint::RECEIVE_BUDGET)]
+    receive_budget: u64,
     /// How long connections may go on after the signal to stop; overrides TERMINATION_GRACE_PERIOD_SECONDS.
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_parser = duration::parse)]
     connection_termination_deadline: Option<Duration>,
@@ -188,6 +195,8 @@ pub(super) struct Settings {
     pub(super) hbone: crate::hbone::Config,
     pub(super) unauthenticated: (usize, usize),
     pub(super) pending_dials: usize,
+    pub(super) failed_dials: u32,
+    pub(super) receive_budget: u64,
     pub(super) drain: Duration,
     pub(super) workers: usize,
     pub(super) tls12: bool,
@@ -279,6 +288,8 @@ impl Args {
             },
             unauthenticated: (self.max_unauthenticated, self.max_unauthenticated_per_source),
             pending_dials: self.max_pending_dials,
+            failed_dials: self.max_failed_dials,
+            receive_budget: self.receive_budget,
             drain: self.drain(),
             workers: workers(self.worker_threads.as_deref(), cpus()).context("ZTUNNEL_WORKER_THREADS")?,
             tls12: self.tls12_enabled == "true",
@@ -335,7 +346,8 @@ impl Args {
             "handshakeDeadline": format!("{:?}", self.handshake_deadline), "pingInterval": format!("{:?}", self.ping_interval),
             "pingTimeout": format!("{:?}", self.ping_timeout), "connectTimeout": format!("{:?}", self.connect_timeout),
             "maxUnauthenticated": self.max_unauthenticated, "maxUnauthenticatedPerSource": self.max_unauthenticated_per_source,
-            "maxPendingDials": self.max_pending_dials, "selfTerminationDeadline": format!("{:?}", self.drain()),
+            "maxPendingDials": self.max_pending_dials, "maxFailedDials": self.max_failed_dials, "receiveBudget": self.receive_budget,
+            "selfTerminationDeadline": format!("{:?}", self.drain()),
             "ipv6Enabled": self.ipv6_enabled, "enableEnhancedBaggage": self.enable_response_baggage, "tls12Enabled": self.tls12_enabled == "true",
             "compliancePolicy": self.compliance_policy, "logFormat": self.log_format, "adminPort": self.admin_port,
             "statsPort": self.stats_port, "readinessPort": self.readiness_port,

@@ -7,7 +7,7 @@ use super::command::Answered;
 use super::frame::{self, Head, Reason};
 use super::stream::Phase;
 use super::tunnel::{Side, Tunnel};
-use super::{INITIAL_WINDOW, MAX_WINDOW};
+use super::MAX_WINDOW;
 use crate::forward::Ended;
 use crate::forward::record::{Content, Sealer};
 
@@ -38,26 +38,22 @@ impl Tunnel {
     /// Our first frames.
     pub(super) fn greet(&mut self) {
         let mut settings = vec![
-            (frame::SETTINGS_INITIAL_WINDOW_SIZE, INITIAL_WINDOW),
-            (frame::SETTINGS_MAX_FRAME_SIZE, self.config.frame_size),
-            (frame::SETTINGS_MAX_HEADER_LIST_SIZE, self.config.header_list),
+            (frame::SETTINGS_INITIAL_WINDOW_SIZE, self.stream_window),
+            (frame::SETTINGS_MAX_FRAME_SIZE, self.endpoint.config.frame_size),
+            (frame::SETTINGS_MAX_HEADER_LIST_SIZE, self.endpoint.config.header_list),
         ];
         match self.side {
             Side::Client => settings.push((frame::SETTINGS_ENABLE_PUSH, 0)),
-            Side::Server(_) => settings.push((frame::SETTINGS_MAX_CONCURRENT_STREAMS, self.config.max_streams)),
+            Side::Server => settings.push((frame::SETTINGS_MAX_CONCURRENT_STREAMS, self.endpoint.config.max_streams)),
         }
         let payload: Vec<u8> = settings.iter().flat_map(|(id, value)| id.to_be_bytes().into_iter().chain(value.to_be_bytes())).collect();
         frame::put(&mut self.control, frame::SETTINGS, 0, 0, &payload);
-        let more = self.config.connection_window.saturating_sub(frame::DEFAULT_WINDOW);
-        if more > 0 {
-            self.receive_window += i64::from(more);
-            frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &more.to_be_bytes());
-        }
+        self.credit_connection();
     }
 
     /// A frame begins.
     pub(super) fn begin(&mut self, buffer: &[u8], head: Head) -> Result<(), Reason> {
-        if head.length > self.config.frame_size as usize {
+        if head.length > self.endpoint.config.frame_size as usize {
             return Err(Reason::FRAME_SIZE_ERROR);
         }
         // A block in pieces is followed by nothing else (RFC 9113 §6.10), and SETTINGS come first (§3.4).
@@ -100,7 +96,7 @@ impl Tunnel {
     pub(super) fn is_idle(&self, id: u32) -> bool {
         match self.side {
             Side::Client => id.is_multiple_of(2) || id >= self.next_id,
-            Side::Server(_) => id.is_multiple_of(2) || id > self.last_peer_id,
+            Side::Server => id.is_multiple_of(2) || id > self.last_peer_id,
         }
     }
 
@@ -193,6 +189,7 @@ impl Tunnel {
                 _ => {}
             }
         }
+        self.inbox.allow(self.peer.max_streams);
         frame::put(&mut self.control, frame::SETTINGS, frame::ACK, 0, &[]);
         self.open_waiting();
         Ok(())

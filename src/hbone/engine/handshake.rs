@@ -44,7 +44,7 @@ pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential
     let name = rustls::pki_types::ServerName::IpAddress(address.ip().into());
     let mut connection = UnbufferedClientConnection::new(credential.client_config(), name).map_err(|error| tls(&error))?;
     let (socket, secrets, input) = run(socket, &mut connection).await?;
-    check_protocol(connection.alpn_protocol())?;
+    crate::hbone::require_alpn(connection.alpn_protocol())?;
     let chain = connection.peer_certificates().unwrap_or_default().to_vec();
     let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
     let (opener, sealer) = directions(&extracted, &secrets.server, &secrets.client)?;
@@ -55,7 +55,7 @@ pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential
 pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
     let mut connection = UnbufferedServerConnection::new(credential.server_config()).map_err(|error| tls(&error))?;
     let (socket, secrets, input) = run(socket, &mut connection).await?;
-    check_protocol(connection.alpn_protocol())?;
+    crate::hbone::require_alpn(connection.alpn_protocol())?;
     let chain = connection.peer_certificates().unwrap_or_default().to_vec();
     let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
     let (opener, sealer) = directions(&extracted, &secrets.client, &secrets.server)?;
@@ -64,11 +64,6 @@ pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential
 
 fn tls(error: &rustls::Error) -> Error {
     Error::Tls(crate::identity::explain(error).to_string())
-}
-
-/// A peer that did not agree on `h2` speaks something else (RFC 9113 §3.2).
-fn check_protocol(protocol: Option<&[u8]>) -> Result<(), Error> {
-    if protocol == Some(b"h2") { Ok(()) } else { Err(Error::Tls("the peer does not speak h2 (ALPN)".into())) }
 }
 
 /// Our record layer in both directions. The counters are rustls' own: it may have opened or sealed records after the handshake.

@@ -7,7 +7,7 @@ use super::command::Answered;
 use super::frame::{self, Head, Reason};
 use super::stream::{Phase, Stream};
 use super::tunnel::{Life, Side, Tunnel};
-use super::{Asked, INITIAL_WINDOW};
+use super::Asked;
 use crate::forward::Ended;
 use crate::hbone::hpack;
 use crate::hbone::request::Fields;
@@ -52,7 +52,7 @@ impl Tunnel {
 
     fn take_block(&mut self, block: HeaderBlock, whole: bool) -> Result<(), Reason> {
         // Twice the list, since encoding may make it longer; a peer that needs more is not one of ours.
-        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.config.header_list as usize {
+        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.endpoint.config.header_list as usize {
             return Err(Reason::ENHANCE_YOUR_CALM);
         }
         if !whole {
@@ -62,11 +62,11 @@ impl Tunnel {
         let mut fields = Fields::default();
         let fits = self
             .decoder
-            .decode(&block.bytes, self.config.header_list as usize, |name, value| fields.add(name, value))
+            .decode(&block.bytes, self.endpoint.config.header_list as usize, |name, value| fields.add(name, value))
             .map_err(|_| Reason::COMPRESSION_ERROR)?;
         match self.side {
             Side::Client => self.response(&block, &fields, fits),
-            Side::Server(_) => self.request(&block, fields, fits),
+            Side::Server => self.request(&block, fields, fits),
         }
     }
 
@@ -79,7 +79,7 @@ impl Tunnel {
             return if !block.stream.is_multiple_of(2) && block.end_stream { self.temper.idle_frame() } else { Err(Reason::PROTOCOL_ERROR) };
         }
         self.last_peer_id = block.stream;
-        let refusal = if self.life != Life::Live || self.streams.len() >= self.config.max_streams as usize {
+        let refusal = if self.life != Life::Live || self.streams.len() >= self.endpoint.config.max_streams as usize {
             Some(Reason::REFUSED_STREAM)
         } else {
             (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)
@@ -99,13 +99,11 @@ impl Tunnel {
             return Ok(());
         }
         let (abandoned, told) = oneshot::channel();
-        let mut stream = Stream::new(block.stream, Phase::Asked { _abandoned: abandoned }, self.peer.initial_window, INITIAL_WINDOW);
+        let mut stream = Stream::new(block.stream, Phase::Asked { _abandoned: abandoned }, self.peer.initial_window, self.stream_window);
         stream.received_end = block.end_stream;
         self.streams.insert(stream);
         let asked = Asked { id: block.stream, fields, told, inbox: self.inbox.clone() };
-        if let Side::Server(on_request) = &mut self.side {
-            on_request(asked);
-        }
+        self.asked.push_back(asked);
         Ok(())
     }
 

@@ -24,16 +24,15 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 use super::request::Fields;
-use super::{Config, Error};
 use crate::forward::record::{Opener, Sealer};
 
 pub(super) use command::{Answered, Attach, Command};
 pub(super) use frame::Reason;
 pub(super) use handshake::{connect, welcome};
 pub(super) use ready::Inbox;
-pub(super) use tunnel::Tunnel;
+pub(super) use tunnel::{Next, Side, Tunnel};
 
-/// The receive window that a stream starts with; it grows to [`Config::stream_window`] while its application keeps up.
+/// The receive window that a stream starts with at most; it grows while its application keeps up.
 const INITIAL_WINDOW: u32 = 256 << 10;
 const MAX_WINDOW: i64 = frame::MAX_WINDOW;
 /// How long a connection that is over may take to say so.
@@ -67,12 +66,3 @@ pub(super) struct Asked {
     pub(super) inbox: Arc<Inbox<Command>>,
 }
 
-/// The tunnel that we opened.
-pub(super) fn client(established: Established, config: Arc<Config>) -> Result<Tunnel, Error> {
-    Tunnel::new(established, tunnel::Side::Client, config)
-}
-
-/// The tunnel that a peer opened: its requests go to `on_request`.
-pub(super) fn server(established: Established, config: Arc<Config>, on_request: impl FnMut(Asked) + Send + 'static) -> Result<Tunnel, Error> {
-    Tunnel::new(established, tunnel::Side::Server(Box::new(on_request)), config)
-}

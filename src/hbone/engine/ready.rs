@@ -2,13 +2,18 @@
 //! and never while bytes move.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
+
+/// Streams that a peer is taken to serve at once until it says (reference, dataplane §2.2).
+const ASSUMED_STREAMS: u32 = 100;
 
 /// Where wake-ups and commands wait for the tunnel's task.
 pub(in crate::hbone) struct Inbox<C> {
     inner: Mutex<Inner<C>>,
+    /// Streams that the peer serves at once.
+    streams: AtomicU32,
 }
 
 struct Inner<C> {
@@ -20,7 +25,15 @@ struct Inner<C> {
 
 impl<C: Send + 'static> Inbox<C> {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }) })
+        Arc::new(Self { inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }), streams: AtomicU32::new(ASSUMED_STREAMS) })
+    }
+
+    pub(super) fn allow(&self, streams: u32) {
+        self.streams.store(streams, Ordering::Relaxed);
+    }
+
+    pub(in crate::hbone) fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed) as usize
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<C>> {

@@ -8,15 +8,13 @@ use super::super::Error;
 use super::frame::{self, Head, Reason, Step};
 use super::stream::Phase;
 use super::tunnel::{Life, Tunnel};
-use super::{INITIAL_WINDOW, MAX_WINDOW};
+use super::MAX_WINDOW;
 use crate::forward::record::{Content, Opened, RecordError};
 use crate::forward::slab::Slab;
 use crate::sys::stream_io;
 
 /// With more than this many octets of answers unsent, the peer is not read: it does not take what it asks for.
 const CONTROL_LIMIT: usize = 64 << 10;
-/// Octets that may wait for the applications of one tunnel before the peer gets no more credit for the connection.
-const BACKLOG: usize = 4 << 20;
 /// Post-handshake messages that may be buffered until they are whole.
 const POST_HANDSHAKE_LIMIT: usize = 16 << 10;
 
@@ -43,6 +41,7 @@ impl Tunnel {
                 }
                 Ok(count) => {
                     self.input.range.end += count;
+                    self.heard = tokio::time::Instant::now();
                     read = true;
                     break;
                 }
@@ -217,7 +216,8 @@ impl Tunnel {
             return;
         }
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-        let largest = self.config.stream_window.max(INITIAL_WINDOW);
+        self.credit_connection();
+        let largest = self.windows.stream().max(self.stream_window);
         let Some(stream) = self.streams.at(slot) else { return };
         stream.owed += taken;
         if stream.received_end || stream.owed < stream.target_window / 2 {
@@ -235,11 +235,14 @@ impl Tunnel {
         frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, id, &increment.to_be_bytes());
     }
 
-    /// The peer may send as much more on the connection as has come, whether an application took it or not: streams that nobody reads must not
-    /// stop their neighbours. Only when too much waits in all does the connection as a whole wait.
+    /// What the peer may send and what waits for applications is together the tunnel's window. A stream that nobody reads holds a quarter of it
+    /// at most, so that it does not stop its neighbours.
     pub(super) fn credit_connection(&mut self) {
-        if self.owed >= self.config.connection_window / 4 && self.backlog <= BACKLOG {
-            let increment = std::mem::take(&mut self.owed);
+        let window = i64::from(self.windows.tunnel());
+        let increment = window - i64::try_from(self.backlog).unwrap_or(MAX_WINDOW) - self.receive_window;
+        if increment >= window / 4
+            && let Ok(increment) = u32::try_from(increment)
+        {
             self.receive_window += i64::from(increment);
             frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &increment.to_be_bytes());
         }
@@ -252,8 +255,8 @@ impl Tunnel {
         if self.receive_window < 0 {
             return Err(Reason::FLOW_CONTROL_ERROR);
         }
-        self.owed += u32::try_from(head.length).unwrap_or(u32::MAX);
-        self.credit_connection();
+        self.data += head.length as u64;
+        self.windows.observe(self.data);
         if let Some(stream) = self.streams.slot_of(head.stream).and_then(|slot| self.streams.at(slot)) {
             stream.receive_window -= length;
             if stream.receive_window < 0 {

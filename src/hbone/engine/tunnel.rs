@@ -3,7 +3,7 @@
 //! writes them with one call.
 
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::Future as _;
 use std::io;
 use std::ops::Range;
 use std::pin::Pin;
@@ -14,7 +14,8 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep};
 
-use super::super::{Config, Error};
+use super::super::budget::Windows;
+use super::super::{Endpoint, Error};
 use super::command::{Answered, Attach, Command};
 use super::control::{Frame, PeerSettings};
 use super::frame::{self, Reason, Walker};
@@ -32,11 +33,20 @@ use crate::hbone::hpack::Decoder;
 const TURNS: usize = 16;
 
 /// Which end of the tunnel we are.
-pub(super) enum Side {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::hbone) enum Side {
     /// We opened it.
     Client,
-    /// The peer did; its requests go here.
-    Server(Box<dyn FnMut(Asked) + Send>),
+    /// The peer did.
+    Server,
+}
+
+/// What driving a tunnel brings.
+pub(in crate::hbone) enum Next {
+    /// The peer asks.
+    Asked(Asked),
+    /// The tunnel has ended, in good order or not.
+    Over(Result<(), Error>),
 }
 
 /// Received bytes that are not yet walked through.
@@ -71,7 +81,17 @@ pub(super) enum Life {
 pub(in crate::hbone) struct Tunnel {
     pub(super) socket: TcpStream,
     pub(super) side: Side,
-    pub(super) config: Arc<Config>,
+    pub(super) endpoint: Arc<Endpoint>,
+    /// Receive windows, as the node's budget allows.
+    pub(super) windows: Windows,
+    /// Octets of DATA that have come.
+    pub(super) data: u64,
+    /// The receive window of each new stream.
+    pub(super) stream_window: u32,
+    /// When the peer was heard last.
+    pub(super) heard: Instant,
+    /// Requests that nobody has looked at yet.
+    pub(super) asked: VecDeque<Asked>,
     pub(super) opener: Opener,
     pub(super) sealer: Sealer,
     pub(super) input: Input,
@@ -87,8 +107,6 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) peer: PeerSettings,
     pub(super) send_window: i64,
     pub(super) receive_window: i64,
-    /// Octets of connection credit that the peer is to get back.
-    pub(super) owed: u32,
     /// Octets that wait for applications, of all streams.
     pub(super) backlog: usize,
     pub(super) streams: Streams,
@@ -124,16 +142,23 @@ enum Watch {
 }
 
 impl Tunnel {
-    pub(super) fn new(established: Established, side: Side, config: Arc<Config>) -> Result<Self, Error> {
+    pub(in crate::hbone) fn new(established: Established, side: Side, endpoint: Arc<Endpoint>) -> Result<Self, Error> {
         let Established { socket, opener, sealer, input, .. } = established;
         let (control, preface_left) = match side {
             Side::Client => (frame::PREFACE.to_vec(), 0),
-            Side::Server(_) => (Vec::new(), frame::PREFACE.len()),
+            Side::Server => (Vec::new(), frame::PREFACE.len()),
         };
-        let timer = Box::pin(tokio::time::sleep(config.handshake_deadline));
+        let timer = Box::pin(tokio::time::sleep(endpoint.config.handshake_deadline));
+        let windows = Windows::new(&endpoint.budget, endpoint.config.connection_window, endpoint.config.stream_window);
+        let stream_window = windows.stream().min(INITIAL_WINDOW);
         let mut tunnel = Self {
             socket,
-            config,
+            endpoint,
+            windows,
+            data: 0,
+            stream_window,
+            heard: Instant::now(),
+            asked: VecDeque::new(),
             opener,
             sealer,
             input: Input::default(),
@@ -148,7 +173,6 @@ impl Tunnel {
             peer: PeerSettings::default(),
             send_window: i64::from(frame::DEFAULT_WINDOW),
             receive_window: i64::from(frame::DEFAULT_WINDOW),
-            owed: 0,
             backlog: 0,
             streams: Streams::default(),
             senders: VecDeque::new(),
@@ -268,7 +292,7 @@ impl Tunnel {
             let id = self.next_id;
             self.next_id += 2;
             frame::put(&mut self.control, frame::HEADERS, frame::END_HEADERS, id, &block);
-            self.streams.insert(Stream::new(id, Phase::Asking(answer), self.peer.initial_window, INITIAL_WINDOW));
+            self.streams.insert(Stream::new(id, Phase::Asking(answer), self.peer.initial_window, self.stream_window));
         }
     }
 
@@ -409,20 +433,24 @@ impl Tunnel {
                 return true;
             }
             Watch::Settings if !self.peer.known => {
-                self.close(Reason::PROTOCOL_ERROR, Some(Error::HandshakeDeadline(self.config.handshake_deadline)));
+                self.close(Reason::PROTOCOL_ERROR, Some(Error::HandshakeDeadline(self.endpoint.config.handshake_deadline)));
                 return true;
             }
             Watch::Settings => {
                 self.watch = Watch::Interval;
-                self.config.ping_interval
+                self.endpoint.config.ping_interval
             }
             Watch::Interval => {
                 frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
                 self.watch = Watch::Answer;
-                self.config.ping_timeout
+                self.endpoint.config.ping_timeout
+            }
+            // Whoever sends something is alive.
+            Watch::Answer if self.heard.elapsed() < self.endpoint.config.ping_timeout => {
+                self.endpoint.config.ping_timeout.saturating_sub(self.heard.elapsed())
             }
             Watch::Answer => {
-                self.close(Reason::NO_ERROR, Some(Error::PingTimeout(self.config.ping_timeout)));
+                self.close(Reason::NO_ERROR, Some(Error::PingTimeout(self.endpoint.config.ping_timeout)));
                 return true;
             }
         };
@@ -434,7 +462,7 @@ impl Tunnel {
     pub(super) fn answered_ping(&mut self) {
         if self.watch == Watch::Answer {
             self.watch = Watch::Interval;
-            self.timer.as_mut().reset(Instant::now() + self.config.ping_interval);
+            self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
         }
     }
 
@@ -465,19 +493,25 @@ impl Drop for Tunnel {
     }
 }
 
-impl Future for Tunnel {
-    type Output = Result<(), Error>;
+impl Tunnel {
+    /// Whether the peer's first SETTINGS have come.
+    pub(in crate::hbone) fn is_settled(&self) -> bool {
+        self.peer.known
+    }
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let tunnel = &mut *self;
+    /// Moves everything on that can move.
+    pub(in crate::hbone) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Next> {
         for _ in 0..TURNS {
-            let mut busy = tunnel.attend(context);
-            busy |= tunnel.receive(context);
-            busy |= tunnel.transmit(context);
-            if tunnel.is_over() {
-                return Poll::Ready(tunnel.failure.take().map_or(Ok(()), Err));
+            let mut busy = self.attend(context);
+            busy |= self.receive(context);
+            busy |= self.transmit(context);
+            if let Some(asked) = self.asked.pop_front() {
+                return Poll::Ready(Next::Asked(asked));
             }
-            busy |= tunnel.watch_clock(context);
+            if self.is_over() {
+                return Poll::Ready(Next::Over(self.failure.take().map_or(Ok(()), Err)));
+            }
+            busy |= self.watch_clock(context);
             if !busy {
                 return Poll::Pending;
             }

@@ -93,3 +93,16 @@ proptest! {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_check_says_what_a_take_would_and_takes_nothing() {
+    let budgets = RateBudgets::new(10, 3, 100);
+    assert_eq!((budgets.check(&"new"), budgets.keys()), (Ok(()), 0));
+    for _ in 0..3 {
+        (0..100).for_each(|_| assert_eq!(budgets.check(&"busy"), Ok(())));
+        budgets.take("busy").unwrap();
+    }
+    assert_eq!(budgets.check(&"busy").unwrap_err(), budgets.take("busy").unwrap_err());
+    advance(Duration::from_millis(100)).await;
+    assert_eq!(budgets.check(&"busy"), Ok(()));
+}
