@@ -167,7 +167,10 @@ impl Incoming {
     }
 
     /// Answers 200 and hands over the stream.
-    pub fn accept(self, response: &ConnectResponse) -> Result<TunnelStream, Error> {
+    pub fn accept(mut self, response: &ConnectResponse) -> Result<TunnelStream, Error> {
+        if matches!(self.told.try_recv(), Err(tokio::sync::oneshot::error::TryRecvError::Closed)) {
+            return Err(Error::Tunnel("the peer took the request back".to_owned()));
+        }
         self.answer.send(response.block(), false)?;
         Ok(self.stream)
     }

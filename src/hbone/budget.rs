@@ -143,8 +143,6 @@ pub(super) struct Windows {
     share: Share,
     full: u32,
     full_stream: u32,
-    /// The stream window that the peer was told last.
-    told: u32,
     /// Bytes of DATA seen.
     seen: u64,
     /// Where and when the present measurement began.
@@ -157,9 +155,7 @@ impl Windows {
     pub(super) fn new(budget: &ReceiveBudget, full: u32, full_stream: u32) -> Self {
         let now = Instant::now();
         let share = Share::take(budget.clone(), full);
-        let mut windows = Self { share, full, full_stream, told: 0, seen: 0, measured_from: (0, now), shrunk_at: now };
-        windows.told = windows.stream();
-        windows
+        Self { share, full, full_stream, seen: 0, measured_from: (0, now), shrunk_at: now }
     }
 
     /// The window of the whole tunnel.
@@ -171,16 +167,6 @@ impl Windows {
     pub(super) fn stream(&self) -> u32 {
         let part = u64::from(self.share.window) * u64::from(self.full_stream) / u64::from(self.full.max(1));
         u32::try_from(part).unwrap_or(u32::MAX).max(MIN_STREAM)
-    }
-
-    /// The stream window, when the peer was told another one.
-    pub(super) fn stream_changed(&self) -> Option<u32> {
-        Some(self.stream()).filter(|stream| *stream != self.told)
-    }
-
-    /// The peer will be told this stream window.
-    pub(super) fn tell(&mut self, stream: u32) {
-        self.told = stream;
     }
 
     /// `data` bytes of DATA have arrived since the tunnel began; says the tunnel's new window if it changes.

@@ -151,7 +151,10 @@ impl ClientTunnel {
         if self.inbox.send(Command::Open { block: request.block(), answer }).is_err() {
             return Err(self.unusable(gone()));
         }
-        match answered.await {
+        let waiting = Waiting(&self.inbox);
+        let answered = answered.await;
+        std::mem::forget(waiting);
+        match answered {
             Ok(Answered::Open(id, response)) => Ok((TunnelStream::new(id, self.inbox.clone(), Some(slot)), response)),
             Ok(Answered::Unused(error)) => Err(self.unusable(error)),
             Ok(Answered::Failed(error)) => Err(OpenError::Failed(error)),
@@ -162,6 +165,15 @@ impl ClientTunnel {
     fn unusable(&self, error: Error) -> OpenError {
         self.state.closed.store(true, Ordering::Release);
         OpenError::Unusable(error)
+    }
+}
+
+/// Tells the tunnel when the one who asked leaves before the answer.
+struct Waiting<'a>(&'a Inbox<Command>);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.send(Command::Sweep);
     }
 }
 

@@ -30,19 +30,19 @@ pub struct TunnelStream {
     inbox: Arc<Inbox<Command>>,
     over: bool,
     /// Gives the place in the pooled tunnel back when the stream is over.
-    _slot: Option<StreamSlot>,
+    slot: Option<StreamSlot>,
 }
 
 impl TunnelStream {
     pub(super) fn new(id: u32, inbox: Arc<Inbox<Command>>, slot: Option<StreamSlot>) -> Self {
-        Self { id, inbox, over: false, _slot: slot }
+        Self { id, inbox, over: false, slot }
     }
 
     /// Moves bytes between the stream and the application's socket until both directions have ended. Dropping the future resets the stream
     /// with CANCEL, and the socket.
     pub async fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Ended {
         let (done, ended) = oneshot::channel();
-        let attach = Box::new(Attach { id: self.id, socket, role, meter: meter.clone(), done });
+        let attach = Box::new(Attach { id: self.id, socket, role, meter: meter.clone(), done, slot: self.slot.take() });
         let gone = || Ended::Disconnected(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel is gone"));
         if let Err(command) = self.inbox.send(Command::Attach(attach)) {
             if let Command::Attach(attach) = command {

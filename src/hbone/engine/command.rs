@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
+use super::super::dial::StreamSlot;
 use super::super::stream::Role;
 use super::super::{ConnectResponse, Error};
 use super::frame::Reason;
@@ -29,6 +30,8 @@ pub(in crate::hbone) enum Command {
     Answer { id: u32, block: Vec<u8>, end: bool },
     /// Gives a stream its application.
     Attach(Box<Attach>),
+    /// A requester went away: gives up what nobody waits for.
+    Sweep,
     /// Gives a stream up.
     Reset { id: u32, reason: Reason },
     /// No more new streams: GOAWAY, then close when the last one is done.
@@ -46,4 +49,6 @@ pub(in crate::hbone) struct Attach {
     pub(in crate::hbone) role: Role,
     pub(in crate::hbone) meter: Arc<Meter>,
     pub(in crate::hbone) done: oneshot::Sender<Ended>,
+    /// Gives the place in the pooled tunnel back when the stream is over.
+    pub(in crate::hbone) slot: Option<StreamSlot>,
 }

@@ -3,13 +3,16 @@
 use std::ops::Range;
 
 use super::super::Error;
+use super::MAX_WINDOW;
 use super::command::Answered;
 use super::frame::{self, Head, Reason};
 use super::stream::Phase;
 use super::tunnel::{Side, Tunnel};
-use super::MAX_WINDOW;
 use crate::forward::Ended;
 use crate::forward::record::{Content, Sealer};
+
+/// Decoded header list that we take of an answer, octets.
+const RESPONSE_HEADER_LIST: u32 = 16 << 10;
 
 /// The frame that is being walked through.
 pub(super) struct Frame {
@@ -37,18 +40,26 @@ impl Default for PeerSettings {
 impl Tunnel {
     /// Our first frames.
     pub(super) fn greet(&mut self) {
-        let mut settings = vec![
+        let mut settings = match self.side {
+            Side::Client => vec![(frame::SETTINGS_ENABLE_PUSH, 0)],
+            Side::Server => vec![(frame::SETTINGS_MAX_CONCURRENT_STREAMS, self.endpoint.config.max_streams)],
+        };
+        settings.extend([
             (frame::SETTINGS_INITIAL_WINDOW_SIZE, self.stream_window),
             (frame::SETTINGS_MAX_FRAME_SIZE, self.endpoint.config.frame_size),
-            (frame::SETTINGS_MAX_HEADER_LIST_SIZE, self.endpoint.config.header_list),
-        ];
-        match self.side {
-            Side::Client => settings.push((frame::SETTINGS_ENABLE_PUSH, 0)),
-            Side::Server => settings.push((frame::SETTINGS_MAX_CONCURRENT_STREAMS, self.endpoint.config.max_streams)),
-        }
+            (frame::SETTINGS_MAX_HEADER_LIST_SIZE, self.header_list()),
+        ]);
         let payload: Vec<u8> = settings.iter().flat_map(|(id, value)| id.to_be_bytes().into_iter().chain(value.to_be_bytes())).collect();
         frame::put(&mut self.control, frame::SETTINGS, 0, 0, &payload);
         self.credit_connection();
+    }
+
+    /// Decoded header list that we take, octets.
+    pub(super) fn header_list(&self) -> u32 {
+        match self.side {
+            Side::Client => RESPONSE_HEADER_LIST,
+            Side::Server => self.endpoint.config.header_list,
+        }
     }
 
     /// A frame begins.
@@ -66,6 +77,9 @@ impl Tunnel {
         // Bytes before this frame reach their application before the frame takes effect.
         self.flush_spans(buffer);
         check_shape(head)?;
+        if matches!(head.kind, frame::HEADERS | frame::CONTINUATION) && head.length > 2 * self.header_list() as usize {
+            return Err(Reason::ENHANCE_YOUR_CALM);
+        }
         self.gathered.clear();
         self.frame = Some(Frame { head, padding: None });
         if head.length == 0 { self.finish(head) } else { Ok(()) }
@@ -80,10 +94,11 @@ impl Tunnel {
             Some(slot) if self.streams.at(slot).is_some_and(|stream| stream.received_end) => return Err(Reason::STREAM_CLOSED),
             Some(_) => {}
             None if self.is_idle(head.stream) => return Err(Reason::PROTOCOL_ERROR),
-            None => self.temper.idle_frame()?,
+            None if self.streams.was_reset(head.stream) => {}
+            None => self.temper.local_reset()?,
         }
         if head.length == 0 && !head.has(frame::END_STREAM) {
-            self.temper.idle_frame()?;
+            self.temper.empty_frame()?;
         }
         let padding = if head.has(frame::PADDED) { None } else { Some(0) };
         if padding.is_none() && head.length == 0 {
@@ -111,6 +126,9 @@ impl Tunnel {
                     return Err(Reason::PROTOCOL_ERROR);
                 }
                 frame.padding = Some(padding);
+                if padding + 1 == head.length && !head.has(frame::END_STREAM) {
+                    self.temper.empty_frame()?;
+                }
                 range.start += 1;
                 self.return_padding(head.stream, 1 + padding);
             }
@@ -173,6 +191,7 @@ impl Tunnel {
             self.temper.idle_frame()?;
         } else {
             self.peer.known = true;
+            self.settled();
             if matches!(self.side, Side::Client) {
                 self.peer.max_streams = u32::MAX;
             }
@@ -217,7 +236,7 @@ impl Tunnel {
 
     fn ping(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
         if head.has(frame::ACK) {
-            self.answered_ping();
+            self.answered_ping(payload);
             return Ok(());
         }
         self.temper.idle_frame()?;
@@ -234,14 +253,15 @@ impl Tunnel {
             self.send_window += i64::from(increment);
             return if self.send_window > MAX_WINDOW { Err(Reason::FLOW_CONTROL_ERROR) } else { Ok(()) };
         }
-        if increment < 1024 {
-            self.temper.idle_frame()?;
-        }
         if self.is_idle(head.stream) {
             return Err(Reason::PROTOCOL_ERROR);
         }
         let Some(slot) = self.streams.slot_of(head.stream) else { return Ok(()) };
         let Some(stream) = self.streams.at(slot) else { return Ok(()) };
+        if increment < 1024 && stream.send_window > i64::from(frame::DEFAULT_WINDOW) {
+            // Credit by the spoonful on a stream that has plenty.
+            self.temper.idle_frame()?;
+        }
         stream.send_window += i64::from(increment);
         let reason =
             if increment == 0 { Some(Reason::PROTOCOL_ERROR) } else { (stream.send_window > MAX_WINDOW).then_some(Reason::FLOW_CONTROL_ERROR) };
@@ -318,8 +338,8 @@ impl Tunnel {
         Ok(())
     }
 
-    pub(super) fn goaway(&mut self, reason: Reason) {
-        let mut payload = self.last_peer_id.to_be_bytes().to_vec();
+    pub(super) fn goaway(&mut self, last: u32, reason: Reason) {
+        let mut payload = last.to_be_bytes().to_vec();
         payload.extend_from_slice(&reason.0.to_be_bytes());
         frame::put(&mut self.control, frame::GOAWAY, 0, 0, &payload);
     }

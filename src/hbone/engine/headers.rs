@@ -3,17 +3,17 @@
 use tokio::sync::oneshot;
 
 use super::super::{ConnectResponse, Error};
+use super::Asked;
 use super::command::Answered;
 use super::frame::{self, Head, Reason};
 use super::stream::{Phase, Stream};
 use super::tunnel::{Life, Side, Tunnel};
-use super::Asked;
 use crate::forward::Ended;
 use crate::hbone::hpack;
 use crate::hbone::request::Fields;
 
 /// Fragments of one header block; our peers need one or two (CVE-2024-27919 and its family).
-const MAX_FRAGMENTS: u32 = 8;
+const MAX_FRAGMENTS: u32 = 6;
 
 /// A header block whose end has not come yet.
 pub(super) struct HeaderBlock {
@@ -52,7 +52,7 @@ impl Tunnel {
 
     fn take_block(&mut self, block: HeaderBlock, whole: bool) -> Result<(), Reason> {
         // Twice the list, since encoding may make it longer; a peer that needs more is not one of ours.
-        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.endpoint.config.header_list as usize {
+        if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.header_list() as usize {
             return Err(Reason::ENHANCE_YOUR_CALM);
         }
         if !whole {
@@ -62,8 +62,8 @@ impl Tunnel {
         let mut fields = Fields::default();
         let fits = self
             .decoder
-            .decode(&block.bytes, self.endpoint.config.header_list as usize, |name, value| fields.add(name, value))
-            .map_err(|_| Reason::COMPRESSION_ERROR)?;
+            .decode(&block.bytes, self.header_list() as usize, |name, value| fields.add(name, value))
+            .map_err(|error| if error == hpack::HpackError::Bomb { Reason::ENHANCE_YOUR_CALM } else { Reason::COMPRESSION_ERROR })?;
         match self.side {
             Side::Client => self.response(&block, &fields, fits),
             Side::Server => self.request(&block, fields, fits),
@@ -79,7 +79,11 @@ impl Tunnel {
             return if !block.stream.is_multiple_of(2) && block.end_stream { self.temper.idle_frame() } else { Err(Reason::PROTOCOL_ERROR) };
         }
         self.last_peer_id = block.stream;
-        let refusal = if self.life != Life::Live || self.streams.len() >= self.endpoint.config.max_streams as usize {
+        if matches!(self.life, Life::Draining { last: Some(_) } | Life::Closing(_)) {
+            // After the goodbye: the peer knows that nothing was done (RFC 9113 §6.8).
+            return Ok(());
+        }
+        let refusal = if self.streams.len() >= self.endpoint.config.max_streams as usize {
             Some(Reason::REFUSED_STREAM)
         } else {
             (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)
@@ -132,7 +136,11 @@ impl Tunnel {
             }
             return Ok(());
         }
-        let error = status.map_or_else(|| Error::Tunnel("an answer without status".into()), Error::Status);
+        let error = match status {
+            _ if !fits => Error::Tunnel("the answer's header list is too large".into()),
+            Some(status) => Error::Status(status),
+            None => Error::Tunnel("an answer without status".into()),
+        };
         let _ = answer.send(Answered::Failed(error));
         self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
         Ok(())

@@ -65,4 +65,3 @@ pub(super) struct Asked {
     pub(super) told: oneshot::Receiver<()>,
     pub(super) inbox: Arc<Inbox<Command>>,
 }
-

@@ -6,13 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 
-/// Streams that a peer is taken to serve at once until it says (reference, dataplane §2.2).
-const ASSUMED_STREAMS: u32 = 100;
-
 /// Where wake-ups and commands wait for the tunnel's task.
 pub(in crate::hbone) struct Inbox<C> {
     inner: Mutex<Inner<C>>,
-    /// Streams that the peer serves at once.
+    /// Streams that the peer serves at once, once it has said so. Until then more than 100 wait in the tunnel.
     streams: AtomicU32,
 }
 
@@ -25,7 +22,10 @@ struct Inner<C> {
 
 impl<C: Send + 'static> Inbox<C> {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }), streams: AtomicU32::new(ASSUMED_STREAMS) })
+        Arc::new(Self {
+            inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }),
+            streams: AtomicU32::new(u32::MAX),
+        })
     }
 
     pub(super) fn allow(&self, streams: u32) {

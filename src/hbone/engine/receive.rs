@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::task::Context;
 
 use super::super::Error;
+use super::MAX_WINDOW;
 use super::frame::{self, Head, Reason, Step};
 use super::stream::Phase;
 use super::tunnel::{Life, Tunnel};
-use super::MAX_WINDOW;
+use crate::forward::Ended;
 use crate::forward::record::{Content, Opened, RecordError};
 use crate::forward::slab::Slab;
 use crate::sys::stream_io;
@@ -107,6 +108,10 @@ impl Tunnel {
                 self.alert(error.alert());
                 self.close(Reason::NO_ERROR, Some(Error::Tunnel(error.to_string())));
             }
+            Broken::Protocol(Reason::ENHANCE_YOUR_CALM) => {
+                let why = "too many control frames, resets, or headers: closed with ENHANCE_YOUR_CALM";
+                self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Tunnel(why.into())));
+            }
             Broken::Protocol(reason) => self.close(reason, Some(Error::Tunnel(format!("the peer broke the protocol: {reason}")))),
             Broken::Closed => self.ended(),
         }
@@ -186,6 +191,10 @@ impl Tunnel {
         self.temper.moved(range.len());
         // Of a stream that we reset, nobody wants it.
         let Some(slot) = self.streams.slot_of(id) else { return };
+        if self.streams.at(slot).is_some_and(|stream| matches!(stream.phase, Phase::Asking(_))) {
+            // Bytes before the answer (RFC 9113 §8.1).
+            return self.abandon(slot, Ended::Failed(std::io::Error::other("bytes before the answer")), Some(Reason::PROTOCOL_ERROR));
+        }
         if self.span_slot != slot && !self.spans.is_empty() {
             self.flush_spans(buffer);
         }
@@ -260,7 +269,10 @@ impl Tunnel {
         if let Some(stream) = self.streams.slot_of(head.stream).and_then(|slot| self.streams.at(slot)) {
             stream.receive_window -= length;
             if stream.receive_window < 0 {
-                return Err(Reason::FLOW_CONTROL_ERROR);
+                self.temper.local_reset()?;
+                let slot = self.streams.slot_of(head.stream).unwrap_or_default();
+                let error = std::io::Error::other("the peer sent more than its window");
+                self.abandon(slot, Ended::Failed(error), Some(Reason::FLOW_CONTROL_ERROR));
             }
         }
         Ok(())

@@ -1,15 +1,21 @@
 //! One stream: its windows, its application's socket, and what waits for that socket.
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Waker};
+use std::time::Duration;
 
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
+use super::super::dial::StreamSlot;
 use super::super::stream::Role;
-use super::command::{Answered, Command};
+use super::command::{Answered, Attach, Command};
 use super::ready::{Inbox, StreamWaker};
 use crate::forward::Ended;
 use crate::sys::stream_io;
@@ -17,7 +23,10 @@ use crate::telemetry::Meter;
 
 /// The application's side of a stream.
 pub(super) struct Application {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Arc<TcpStream>,
+    slot: Option<StreamSlot>,
+    /// Resolves when an application that has finished sending closes altogether: nothing else would tell.
+    vanished: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     role: Role,
     meter: Arc<Meter>,
     done: Option<oneshot::Sender<Ended>>,
@@ -26,8 +35,30 @@ pub(super) struct Application {
 }
 
 impl Application {
-    pub(super) fn new(socket: TcpStream, role: Role, meter: Arc<Meter>, done: oneshot::Sender<Ended>, wake: Arc<StreamWaker<Command>>) -> Self {
-        Self { socket, role, meter, done: Some(done), waker: Waker::from(wake.clone()), wake }
+    pub(super) fn new(attach: Attach, wake: Arc<StreamWaker<Command>>) -> Self {
+        let Attach { socket, role, meter, done, slot, .. } = attach;
+        let waker = Waker::from(wake.clone());
+        Self { socket: Arc::new(socket), slot, vanished: None, role, meter, done: Some(done), waker, wake }
+    }
+
+    /// Begins to watch for a socket that closes altogether after its end.
+    fn watch(&mut self) {
+        let socket = self.socket.clone();
+        self.vanished = Some(Box::pin(async move {
+            // Errors of the watch itself say the same.
+            let _ = socket.ready(Interest::ERROR).await;
+        }));
+    }
+
+    /// Why the socket is gone, if it is.
+    pub(super) fn is_gone(&mut self) -> Option<io::Error> {
+        let vanished = self.vanished.as_mut()?;
+        if vanished.as_mut().poll(&mut Context::from_waker(&self.waker)).is_pending() {
+            return None;
+        }
+        self.vanished = None;
+        let error = self.socket.take_error().ok().flatten();
+        Some(error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()))
     }
 
     pub(super) fn count_to_peer(&self, bytes: usize) {
@@ -211,9 +242,24 @@ impl Stream {
         }
         let Phase::Relaying(application) = &mut self.phase else { return Ok(()) };
         self.shut_down = true;
+        if self.sent_end {
+            // The stream is over: who sees its end may open the next one.
+            application.slot = None;
+        }
         match socket2::SockRef::from(&application.socket).shutdown(std::net::Shutdown::Write) {
             Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
             _ => Ok(()),
+        }
+    }
+
+    /// Our END_STREAM is on its way.
+    pub(super) fn end_sent(&mut self) {
+        self.sent_end = true;
+        self.queued = false;
+        if !self.shut_down
+            && let Phase::Relaying(application) = &mut self.phase
+        {
+            application.watch();
         }
     }
 
@@ -256,10 +302,31 @@ fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>]) -> io:
 pub(super) struct Streams {
     slots: Vec<Option<Box<Stream>>>,
     free: Vec<u32>,
-    by_id: std::collections::HashMap<u32, u32>,
+    by_id: HashMap<u32, u32>,
+    /// Streams that we reset a moment ago: what the peer had sent by then is no error of its.
+    reset: HashMap<u32, Instant>,
 }
 
+/// Streams that we reset and whose late frames we ignore, and for how long.
+const RESET_STREAMS: usize = 1024;
+const RESET_MEMORY: Duration = Duration::from_secs(10);
+
 impl Streams {
+    /// Remembers that we reset a stream.
+    pub(super) fn note_reset(&mut self, id: u32) {
+        let now = Instant::now();
+        if self.reset.len() >= RESET_STREAMS {
+            self.reset.retain(|_, since| now.duration_since(*since) < RESET_MEMORY);
+        }
+        if self.reset.len() < RESET_STREAMS {
+            self.reset.insert(id, now);
+        }
+    }
+
+    pub(super) fn was_reset(&self, id: u32) -> bool {
+        self.reset.get(&id).is_some_and(|since| since.elapsed() < RESET_MEMORY)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.by_id.len()
     }

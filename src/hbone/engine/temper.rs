@@ -6,11 +6,13 @@ use tokio::time::Instant;
 use super::frame::Reason;
 
 /// Streams that the peer opened and reset before we answered, in a row of less than that many answered ones: rapid reset (CVE-2023-44487).
-const PREMATURE_RESETS: u32 = 400;
+const PREMATURE_RESETS: u32 = 200;
 /// Streams that we reset because of the peer's errors: "made you reset" (CVE-2025-8671).
-const LOCAL_RESETS: u32 = 400;
+const LOCAL_RESETS: u32 = 1000;
 /// PING, SETTINGS, PRIORITY, unknown and empty frames since bytes last moved (CVE-2019-9512, -9515, -9518).
-const IDLE_FRAMES: u32 = 10_000;
+const IDLE_FRAMES: u32 = 1000;
+/// DATA frames with nothing in them, not even an end (CVE-2019-9518).
+const EMPTY_FRAMES: u32 = 100;
 /// Octets of DATA that give one idle frame back.
 const OCTETS_PER_FRAME: usize = 1024;
 
@@ -21,12 +23,13 @@ pub(super) struct Temper {
     premature: u32,
     local: u32,
     idle: u32,
+    empty: u32,
     moved: usize,
 }
 
 impl Default for Temper {
     fn default() -> Self {
-        Self { since: Instant::now(), premature: 0, local: 0, idle: 0, moved: 0 }
+        Self { since: Instant::now(), premature: 0, local: 0, idle: 0, empty: 0, moved: 0 }
     }
 }
 
@@ -37,8 +40,8 @@ impl Temper {
         if seconds > 0 {
             self.since = Instant::now();
             let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
-            self.idle = self.idle.saturating_sub(seconds.saturating_mul(IDLE_FRAMES / 10));
-            self.premature = self.premature.saturating_sub(seconds.saturating_mul(PREMATURE_RESETS / 10));
+            self.idle = self.idle.saturating_sub(seconds.saturating_mul(IDLE_FRAMES / 5));
+            self.premature = self.premature.saturating_sub(seconds.saturating_mul(PREMATURE_RESETS / 4));
             self.local = self.local.saturating_sub(seconds.saturating_mul(LOCAL_RESETS / 10));
         }
     }
@@ -61,6 +64,11 @@ impl Temper {
         within(self.idle, IDLE_FRAMES)
     }
 
+    pub(super) fn empty_frame(&mut self) -> Result<(), Reason> {
+        self.empty += 1;
+        within(self.empty, EMPTY_FRAMES)
+    }
+
     /// A request was answered before it was given up.
     pub(super) fn answered(&mut self) {
         self.premature = self.premature.saturating_sub(1);
@@ -68,11 +76,12 @@ impl Temper {
 
     /// So many octets of DATA came or went.
     pub(super) fn moved(&mut self, octets: usize) {
-        if self.idle > 0 || self.local > 0 {
+        if self.idle > 0 || self.local > 0 || self.empty > 0 {
             self.moved += octets;
             let earned = u32::try_from(self.moved / OCTETS_PER_FRAME).unwrap_or(u32::MAX);
             self.moved %= OCTETS_PER_FRAME;
             self.idle = self.idle.saturating_sub(earned);
+            self.empty = self.empty.saturating_sub(earned);
             self.local = self.local.saturating_sub(earned / 64);
         }
     }

@@ -170,10 +170,10 @@ impl Tunnel {
             Ok(0) => {
                 frame::put(&mut self.control, frame::DATA, frame::END_STREAM, id, &[]);
                 if let Some(stream) = self.streams.at(slot) {
-                    stream.sent_end = true;
-                    stream.queued = false;
+                    stream.end_sent();
                 }
                 self.settle(slot);
+                self.check_gone(slot);
                 Turn::Nothing(end)
             }
             Ok(count) => {

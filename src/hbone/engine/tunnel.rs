@@ -29,6 +29,8 @@ use crate::forward::record::{Opener, Sealer};
 use crate::forward::slab::Slab;
 use crate::hbone::hpack::Decoder;
 
+/// The PING behind the first GOAWAY of a drain.
+const LAST_CALL: &[u8; 8] = b"lastcall";
 /// Turns of the loop before the task lets others run.
 const TURNS: usize = 16;
 
@@ -71,8 +73,8 @@ pub(super) struct Output {
 pub(super) enum Life {
     /// Serving.
     Live,
-    /// GOAWAY was sent: running streams finish.
-    Draining,
+    /// GOAWAY was sent: running streams finish. First one that closes nothing, then, when the peer has heard it, one with the last stream.
+    Draining { last: Option<u32> },
     /// Only what is already queued is still written, until then.
     Closing(Instant),
 }
@@ -242,6 +244,7 @@ impl Tunnel {
             application.seen();
         }
         self.drain_backlog(slot);
+        self.check_gone(slot);
         self.enqueue(slot);
     }
 
@@ -268,6 +271,7 @@ impl Tunnel {
                     self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), Some(reason));
                 }
             }
+            Command::Sweep => self.sweep(),
             Command::Drain => self.drain(),
             Command::Release => self.released = true,
             Command::Abort => self.close(Reason::NO_ERROR, None),
@@ -311,22 +315,22 @@ impl Tunnel {
             if !received_end {
                 // The peer need not send what nobody reads (RFC 9113 §8.1).
                 frame::put(&mut self.control, frame::RST_STREAM, 0, id, &Reason::NO_ERROR.0.to_be_bytes());
+                self.streams.note_reset(id);
             }
             self.forget(slot);
         }
     }
 
     fn attach(&mut self, attach: Attach) {
-        let Attach { id, socket, role, meter, done } = attach;
-        let Some(slot) = self.streams.slot_of(id) else {
+        let Some(slot) = self.streams.slot_of(attach.id) else {
             // The peer reset it in the meantime.
-            let _ = crate::sys::socket::reset_on_close(&socket);
-            let _ = done.send(Ended::Disconnected(io::ErrorKind::ConnectionReset.into()));
+            let _ = crate::sys::socket::reset_on_close(&attach.socket);
+            let _ = attach.done.send(Ended::Disconnected(io::ErrorKind::ConnectionReset.into()));
             return;
         };
         let wake = StreamWaker::new(&self.inbox, slot);
         if let Some(stream) = self.streams.at(slot) {
-            stream.phase = Phase::Relaying(Application::new(socket, role, meter, done, wake));
+            stream.phase = Phase::Relaying(Application::new(attach, wake));
             self.drain_backlog(slot);
             self.settle(slot);
             self.enqueue(slot);
@@ -375,10 +379,11 @@ impl Tunnel {
         let Some(mut stream) = self.streams.remove(slot) else { return };
         if let Some(reason) = reason {
             frame::put(&mut self.control, frame::RST_STREAM, 0, stream.id, &reason.0.to_be_bytes());
+            self.streams.note_reset(stream.id);
         }
         self.release_backlog(&stream);
         if let Phase::Relaying(application) = &mut stream.phase {
-            let _ = crate::sys::socket::reset_on_close(&application.socket);
+            let _ = crate::sys::socket::reset_on_close(&*application.socket);
             application.conclude(ended);
         }
         self.open_waiting();
@@ -399,9 +404,35 @@ impl Tunnel {
     /// No new streams; those that run may finish.
     fn drain(&mut self) {
         if self.life == Life::Live {
-            self.life = Life::Draining;
-            self.goaway(Reason::NO_ERROR);
+            // Streams that are on their way are still served (RFC 9113 §6.8); the answer to the PING says that no more are.
+            self.life = Life::Draining { last: None };
+            self.goaway(0x7fff_ffff, Reason::NO_ERROR);
+            frame::put(&mut self.control, frame::PING, 0, 0, LAST_CALL);
         }
+    }
+
+    /// Gives up requests of ours that nobody waits for.
+    fn sweep(&mut self) {
+        for slot in self.streams.slots() {
+            let forsaken = self.streams.at(slot).is_some_and(|stream| matches!(&stream.phase, Phase::Asking(answer) if answer.is_closed()));
+            if forsaken {
+                self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
+            }
+        }
+    }
+
+    /// Whether an application that had finished sending is gone.
+    pub(super) fn check_gone(&mut self, slot: u32) {
+        let gone = self.streams.at(slot).and_then(Stream::application).and_then(Application::is_gone);
+        if let Some(error) = gone {
+            self.abandon(slot, Ended::from_error(error), Some(Reason::CANCEL));
+        }
+    }
+
+    /// The peer's first SETTINGS have come.
+    pub(super) fn settled(&mut self) {
+        self.watch = Watch::Interval;
+        self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
     }
 
     /// The end of the connection: says why, writes what it can, and lets go of every stream.
@@ -409,7 +440,7 @@ impl Tunnel {
         if matches!(self.life, Life::Closing(_)) {
             return;
         }
-        self.goaway(reason);
+        self.goaway(self.last_peer_id, reason);
         self.life = Life::Closing(Instant::now() + super::LINGER);
         self.timer.as_mut().reset(Instant::now() + super::LINGER);
         self.failure = failure;
@@ -432,15 +463,11 @@ impl Tunnel {
                 self.control.clear();
                 return true;
             }
-            Watch::Settings if !self.peer.known => {
+            Watch::Settings if self.side == Side::Client => {
                 self.close(Reason::PROTOCOL_ERROR, Some(Error::HandshakeDeadline(self.endpoint.config.handshake_deadline)));
                 return true;
             }
-            Watch::Settings => {
-                self.watch = Watch::Interval;
-                self.endpoint.config.ping_interval
-            }
-            Watch::Interval => {
+            Watch::Settings | Watch::Interval => {
                 frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
                 self.watch = Watch::Answer;
                 self.endpoint.config.ping_timeout
@@ -459,7 +486,12 @@ impl Tunnel {
     }
 
     /// The peer answered a PING.
-    pub(super) fn answered_ping(&mut self) {
+    pub(super) fn answered_ping(&mut self, payload: &[u8]) {
+        if payload == LAST_CALL && self.life == (Life::Draining { last: None }) {
+            self.life = Life::Draining { last: Some(self.last_peer_id) };
+            self.goaway(self.last_peer_id, Reason::NO_ERROR);
+            return;
+        }
         if self.watch == Watch::Answer {
             self.watch = Watch::Interval;
             self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
@@ -471,7 +503,7 @@ impl Tunnel {
         let silent = self.output.range.is_empty() && self.control.is_empty();
         match self.life {
             Life::Closing(_) => silent,
-            Life::Draining if self.streams.len() == 0 => {
+            Life::Draining { last: Some(_) } if self.streams.len() == 0 => {
                 self.close(Reason::NO_ERROR, None);
                 false
             }

@@ -18,6 +18,9 @@ pub(in crate::hbone) enum HpackError {
     /// A malformed Huffman string (RFC 7541 §5.2).
     #[error("malformed Huffman string")]
     Huffman,
+    /// Far more decoded than any list may have (CVE-2026-47774): reading on would only cost.
+    #[error("header list too large")]
+    Bomb,
     /// A table size update above what we allow, or not at the start of the block (RFC 7541 §4.2, §6.3).
     #[error("bad table size update")]
     TableSize,
@@ -27,6 +30,9 @@ pub(in crate::hbone) enum HpackError {
 const TABLE_LIMIT: usize = 4096;
 /// Integers above this cannot be meant seriously: no block is that long.
 const INTEGER_LIMIT: usize = 1 << 20;
+
+/// A list this many times larger than what is taken ends the connection.
+const BOMB: usize = 4;
 
 /// Decodes header blocks; holds at most 4 KiB of table.
 #[derive(Debug, Clone)]
@@ -47,21 +53,24 @@ impl Decoder {
     /// and value), stays within `budget`; returns whether all of them did. The rest is still decoded, since it changes the table.
     pub(in crate::hbone) fn decode(&mut self, mut block: &[u8], budget: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<bool, HpackError> {
         let mut left = Some(budget);
+        let mut total = 0;
         let mut spend = |name: &[u8], value: &[u8]| {
+            total += name.len() + value.len() + 32;
             left = left.and_then(|left| left.checked_sub(name.len() + value.len() + 32));
             if left.is_some() {
                 visit(name, value);
             }
+            if total > BOMB * budget { Err(HpackError::Bomb) } else { Ok(()) }
         };
         let mut at_start = true;
         while let Some(first) = block.first().copied() {
             if first & 0x80 != 0 {
                 let index = integer(&mut block, 7)?;
                 let (name, value) = entry(&self.table, index)?;
-                spend(name, value);
+                spend(name, value)?;
             } else if first & 0x40 != 0 {
                 self.literal(&mut block, 6)?;
-                spend(&self.name, &self.value);
+                spend(&self.name, &self.value)?;
                 self.table.insert(&self.name, &self.value);
             } else if first & 0x20 != 0 {
                 let size = integer(&mut block, 5)?;
@@ -72,7 +81,7 @@ impl Decoder {
                 continue;
             } else {
                 self.literal(&mut block, 4)?;
-                spend(&self.name, &self.value);
+                spend(&self.name, &self.value)?;
             }
             at_start = false;
         }

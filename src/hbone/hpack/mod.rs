@@ -5,9 +5,7 @@ mod encode;
 mod huffman;
 mod tables;
 
-pub(super) use decode::Decoder;
-#[cfg(test)]
-use decode::HpackError;
+pub(super) use decode::{Decoder, HpackError};
 pub(super) use encode::{header, status};
 
 #[cfg(test)]
