@@ -50,7 +50,7 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
 }
 
 async fn carry(pod: &PodProxy, socket: TcpStream, routed: Routed, record: &OpenConnection, drain: &mut DrainWatcher) -> ConnectionEnd {
-    let connect = async { routed.permit(&pod.guard).await?.connect(&pod.sockets).await };
+    let connect = async { routed.permit(pod).await?.connect(&pod.sockets).await };
     let connected = tokio::select! {
         biased;
         () = drain.forced() => Err(Error::Drained),
