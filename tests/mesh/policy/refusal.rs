@@ -1,5 +1,7 @@
 //! What is refused, by each attribute, and what that looks like.
 
+use std::io::{ErrorKind, Read};
+
 use super::ground::{Ground, about, policy};
 use crate::mesh::wait_until;
 
@@ -46,6 +48,9 @@ fn a_plain_connection_that_is_denied_is_closed_and_logged_without_an_identity() 
     }
     let labels = ["reporter=\"destination\"", "response_flags=\"DENY\"", "connection_security_policy=\"unknown\""];
     wait_until("both are counted", || ground.mesh.metric("right", FAILED, &labels) == 2.0);
+    // Whoever waits for the server's first words must not take the refusal for an empty answer.
+    let ended = ground.mesh.connect("outside", (ground.mesh.ip("till"), 8080)).and_then(|mut socket| socket.read(&mut [0; 1]));
+    assert_eq!(ended.map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset));
 }
 
 /// The clients: who they are as policy sees it.

@@ -1,6 +1,6 @@
 //! Policies that are missing, wrong, or go together with their workload (craft-and-trust D9, D16).
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -40,13 +40,15 @@ fn a_policy_that_is_named_but_not_known_denies_after_a_second_with_the_reason_an
         assert!(line.contains("policy=\"shop/late\"") && line.contains("bytes_sent=0 bytes_recv=0"), "{line}");
     }
     assert!(ground.passes("buyer", (ground.mesh.ip("vault"), 8080)), "it is only about the workload that names it");
-    // Whoever waits when it comes gets its verdict at once.
-    let mut waiting = ground.mesh.connect("buyer", till).unwrap();
-    waiting.write_all(b"hello").unwrap();
-    ground.edit(|mesh| list(mesh, "policies").push(named("late", "Allow")));
-    let mut socket = &waiting;
-    let mut got = [0; 5];
-    std::io::Read::read_exact(&mut socket, &mut got).unwrap();
+    // Whoever waits when it comes gets its verdict at once. On a busy machine the second may be over by then.
+    let waited = (0..5).any(|_| {
+        ground.edit(|mesh| list(mesh, "policies").retain(|policy| policy["name"] != "late"));
+        let mut waiting = ground.mesh.connect("buyer", till).unwrap();
+        waiting.write_all(b"hello").unwrap();
+        ground.edit(|mesh| list(mesh, "policies").push(named("late", "Allow")));
+        waiting.read_exact(&mut [0; 5]).is_ok()
+    });
+    assert!(waited, "nobody who waited was let in");
     assert!(ground.passes("buyer", till) && ground.passes("outside", till));
 }
 
@@ -54,16 +56,23 @@ fn a_policy_that_is_named_but_not_known_denies_after_a_second_with_the_reason_an
 fn a_live_connection_is_cut_when_a_policy_stays_unknown_and_is_not_when_it_comes_soon() {
     let ground = Ground::market();
     let till = (ground.mesh.ip("till"), 8080);
-    let mut live = ground.mesh.connect("buyer", till).unwrap();
-    echo_on(&mut live, b"still here").unwrap();
-    ground.edit(|mesh| names(mesh, "shop/late"));
-    echo_on(&mut live, b"still here").unwrap();
+    let forget = || ground.edit(|mesh| list(mesh, "policies").retain(|policy| policy["name"] != "late"));
     ground.edit(|mesh| list(mesh, "policies").push(named("late", "Allow")));
-    echo_on(&mut live, b"still here").unwrap();
-    ground.edit(|mesh| list(mesh, "policies").retain(|policy| policy["name"] != "late"));
+    ground.edit(|mesh| names(mesh, "shop/late"));
+    // On a busy machine the second may be over before the policy comes back.
+    let survived = (0..5).find_map(|_| {
+        let mut live = ground.mesh.connect("buyer", till).unwrap();
+        echo_on(&mut live, b"still here").unwrap();
+        forget();
+        ground.edit(|mesh| list(mesh, "policies").push(named("late", "Allow")));
+        echo_on(&mut live, b"still here").is_ok().then_some(live)
+    });
+    let mut live = survived.expect("none was waited for");
+    forget();
     let began = Instant::now();
-    let ended = std::io::Read::read(&mut live, &mut [0; 16]);
-    assert!(!matches!(ended, Ok(1..)) && began.elapsed() < Duration::from_secs(2), "{ended:?} after {:?}", began.elapsed());
+    let ended = live.read(&mut [0; 16]);
+    let refused = matches!(&ended, Err(error) if error.kind() == ErrorKind::ConnectionReset);
+    assert!(refused && began.elapsed() < Duration::from_secs(3), "{ended:?} after {:?}", began.elapsed());
     ground.mesh.wait_for_log("right", &["connection closed due to policy change: policy shop/late is named by the workload but not known"]);
 }
 
@@ -98,7 +107,8 @@ fn a_file_that_is_refused_changes_nothing_and_says_so_once() {
     }
     ground.mesh.replace_mesh_file("workloads: [");
     wait_until("it is counted", || ground.mesh.metric("right", "culvert_static_config_failures_total", &[]) == 4.0);
-    let errors = || ground.mesh.log("right").into_iter().filter(|line| line.contains("static configuration refused, the old one stays")).collect::<Vec<_>>();
+    let errors =
+        || ground.mesh.log("right").into_iter().filter(|line| line.contains("static configuration refused, the old one stays")).collect::<Vec<_>>();
     wait_until("all are logged", || errors().len() >= 4);
     for (line, word) in errors().iter().zip(["65616", "33", "except"]) {
         assert!(line.contains("\terror\t") && line.contains("policies[0]") && line.contains(word), "{line}");
@@ -109,6 +119,22 @@ fn a_file_that_is_refused_changes_nothing_and_says_so_once() {
     assert!(ground.passes("buyer", till));
     echo_on(&mut live, b"still here").unwrap();
     assert_eq!(errors().len(), 4);
+}
+
+#[test]
+fn a_policy_that_cannot_be_enforced_denies_whom_it_is_for_and_says_why() {
+    let ground = Ground::market();
+    ground.edit(|mesh| {
+        let mut policy = named("odd", "Allow");
+        policy["scope"] = json!("Namespace");
+        policy["invalid"] = json!("field 14 is not known");
+        list(mesh, "policies").push(policy);
+    });
+    for client in ["buyer", "outside"] {
+        let line = ground.refused(client, (ground.mesh.ip("till"), 8080));
+        assert!(line.contains("policy shop/odd cannot be enforced: field 14 is not known\"") && line.contains("policy=\"shop/odd\""), "{line}");
+        assert!(ground.passes(client, (ground.mesh.ip("vault"), 8080)));
+    }
 }
 
 #[test]
