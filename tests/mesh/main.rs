@@ -4,4 +4,5 @@
 #[path = "../support/mesh.rs"]
 mod mesh;
 
+mod policy;
 mod traffic;

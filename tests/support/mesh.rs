@@ -214,3 +214,18 @@ pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> Option<T> {
 pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     assert!(until(|| so().then_some(())).is_some(), "not within {PATIENCE:?}: {what}");
 }
+
+impl Mesh {
+    /// The configuration file of all proxies of the lab.
+    pub fn mesh_file(&self) -> PathBuf {
+        self.status.mesh_file.clone()
+    }
+
+    /// Puts another configuration file in place, in one step, past the lab. The next `apply` writes it anew.
+    pub fn replace_mesh_file(&self, text: &str) {
+        let file = self.mesh_file();
+        let new = file.with_extension("test");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &file).unwrap();
+    }
+}
