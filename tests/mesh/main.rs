@@ -4,4 +4,6 @@
 #[path = "../support/mesh.rs"]
 mod mesh;
 
+mod abuse;
+mod programs;
 mod traffic;
