@@ -4,5 +4,7 @@
 #[path = "../support/mesh.rs"]
 mod mesh;
 
+mod abuse;
 mod policy;
+mod programs;
 mod traffic;

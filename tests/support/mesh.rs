@@ -229,3 +229,89 @@ impl Mesh {
         std::fs::rename(&new, &file).unwrap();
     }
 }
+
+/// Whether a program of a Debian package is there. Where `CI` is `true` it must be; elsewhere its test is skipped and says so.
+pub fn installed(program: &str, package: &str) -> bool {
+    let path = format!("{}:/usr/local/sbin:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let found = path.split(':').any(|directory| std::path::Path::new(directory).join(program).is_file());
+    if !found {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "{program} is missing: apt-get install {package}");
+        report(&format!("skipped, because {program} is missing: apt-get install {package}"));
+    }
+    found
+}
+
+/// Prints a line of the running test past the capture of passing tests.
+pub fn report(line: &str) {
+    let _ = writeln!(io::stderr(), "{}: {line}", std::thread::current().name().unwrap_or("test"));
+}
+
+/// Taken by tests that fill the machine or measure it, so that no two of them run at once.
+pub fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A process of this machine, such as a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    started: u64,
+}
+
+impl Process {
+    pub fn of(pid: i32) -> io::Result<Self> {
+        Ok(Self { pid, started: culvert::sys::process::start_time(pid)? })
+    }
+
+    pub fn lives(&self) -> bool {
+        // One that has ended and was not waited for yet is gone as well.
+        let ended = |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')));
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        Self::of(self.pid).is_ok_and(|now| now == *self) && stat.is_ok_and(|stat| !ended(&stat))
+    }
+
+    /// Descriptors that it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap().count()
+    }
+
+    /// What they are, for a message.
+    pub fn open_files(&self) -> String {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap();
+        let targets = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+        targets.map(|target| target.display().to_string()).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Resident memory in KiB.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+    }
+
+    /// Percent of one CPU that it uses over a time.
+    pub fn cpu(&self, over: Duration) -> f64 {
+        // Clock ticks, 100 a second on every Linux that people run.
+        let used = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
+            let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        let (before, since) = (used(), Instant::now());
+        std::thread::sleep(over);
+        (used() - before) as f64 / since.elapsed().as_secs_f64()
+    }
+}
+
+impl Mesh {
+    /// The proxy of a node, or of a dedicated pod.
+    pub fn proxy(&self, of: &str) -> Process {
+        let status = self.status();
+        let pid = match status.node(of) {
+            Ok(node) => node.proxy.host_pid,
+            Err(_) => status.pod(of).unwrap().proxy.as_ref().unwrap().host_pid,
+        };
+        assert_ne!(pid, 0, "the proxy of {of} has ended");
+        Process::of(pid).unwrap()
+    }
+}
