@@ -492,6 +492,27 @@ proxyEnv: {CULVERT_PING_INTERVAL: 200ms, CULVERT_PING_TIMEOUT: 400ms, CULVERT_HA
     mesh.echo("client", target).unwrap();
 }
 
+#[test]
+fn a_server_may_have_any_identity_that_the_service_names_but_only_through_the_service() {
+    let service = r#"
+  services:
+    - name: shop
+      namespace: default
+      hostname: shop.default.svc.cluster.local
+      vips: [/10.96.9.9]
+      ports: {"80": 8080}
+      endpoints: {"Kubernetes//Pod/default/member": {workloadUid: Kubernetes//Pod/default/member, port: {"80": 8080}}}
+"#;
+    let (mesh, ca) = peer_mesh(&format!("{service}      subjectAltNames: [{SERVER}]\n"));
+    let peer = ca.serve(mesh.listen("peer", 15008), SERVER, welcome);
+    let vip: IpAddr = "10.96.9.9".parse().unwrap();
+    mesh.echo("client", (vip, 80)).unwrap();
+    assert_eq!(peer.asked().authority, "10.244.2.2:8080");
+    assert_eq!(mesh.call_fails("client", (mesh.ip("peer"), 8080)), Err(std::io::ErrorKind::ConnectionReset));
+    mesh.wait_for_log("left", &["\terror\t", "connection complete", &format!("identity mismatch: the peer is {SERVER}, expected {PEER_IDENTITY}")]);
+    assert!(peer.is_silent());
+}
+
 /// What a call must count as.
 #[derive(Debug, Clone, Copy)]
 enum Counted {
@@ -515,12 +536,8 @@ pods:
   - {name: server, serviceAccount: server, node: right}
 ",
     );
-    let loopback: [IpAddr; 4] = [
-        Ipv4Addr::LOCALHOST.into(),
-        Ipv6Addr::LOCALHOST.into(),
-        Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(),
-        Ipv4Addr::new(127, 1, 2, 3).into(),
-    ];
+    let loopback: [IpAddr; 4] =
+        [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), Ipv4Addr::new(127, 1, 2, 3).into()];
     let addresses = |pod| [mesh.ip(pod), mesh.ip6(pod), mapped(mesh.ip(pod))];
     let mut calls = Vec::new();
     for (pod, own) in [("client", "left"), ("alone", "alone")] {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -64,10 +65,13 @@ fn wait_for_end(mesh: &Mesh, proxy_of: &str) -> String {
     until(|| Some(state()).filter(|state| state != "running")).expect("the proxy ends")
 }
 
-/// How a connection ends that is cut: never as if all had been said.
-fn is_cut(mut socket: TcpStream) -> bool {
-    let mut rest = Vec::new();
-    matches!(socket.read_to_end(&mut rest), Err(error) if error.kind() == io::ErrorKind::ConnectionReset)
+/// Waits for the end of a connection on which nothing more is said; `true` when it is a reset, which nobody takes for the end of the data.
+fn ends_with_a_reset(mut socket: TcpStream) -> bool {
+    match socket.read(&mut [0; 8]) {
+        Ok(0) => false,
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => true,
+        other => panic!("no end but {other:?}"),
+    }
 }
 
 #[test]
@@ -172,11 +176,15 @@ proxyEnv: {CONNECTION_TERMINATION_DEADLINE: 500ms}
         assert_eq!(wait_for_end(&mesh, of), "exited with 0");
         let took = begin.elapsed();
         assert!(took > Duration::from_millis(450) && took < Duration::from_secs(3), "{took:?}");
-        let cut = mesh.log(of).iter().filter(|line| line.contains("connection complete") && line.contains("connection closed due to connection drain")).count();
+        let cut = mesh
+            .log(of)
+            .iter()
+            .filter(|line| line.contains("connection complete") && line.contains("connection closed due to connection drain"))
+            .count();
         assert_eq!(cut, 2, "{}", mesh.log(of).join("\n"));
         mesh.wait_for_log(of, &["were cut at the end of the drain", "500ms"]);
-        for mut socket in open {
-            assert!(!matches!(socket.read(&mut [0; 8]), Ok(1..)));
+        for socket in open {
+            ends_with_a_reset(socket);
         }
     }
     // The client's side of a cut: its own proxy goes, and it is no failure of the connection's.
@@ -196,8 +204,8 @@ fn a_second_interrupt_ends_at_once() {
     mesh.wait_for_log("right", &["draining, told by SIGINT"]);
     signal(&mesh, "right", Signal::SIGINT);
     assert_eq!(wait_for_end(&mesh, "right"), "exited with 130");
-    for mut socket in open {
-        assert!(!matches!(socket.read(&mut [0; 8]), Ok(1..)));
+    for socket in open {
+        ends_with_a_reset(socket);
     }
 }
 
@@ -225,9 +233,9 @@ fn the_connections_of_a_pod_that_goes_end_at_once_and_new_ones_fail() {
     let begin = Instant::now();
     let target = (mesh.ip("server"), 8080);
     mesh.apply(&TWO.replace("  - {name: server, serviceAccount: server, node: right}\n", ""));
-    assert!(is_cut(tunnelled), "the application must not take it for the end of the data");
-    for mut socket in [plain, accepted] {
-        assert!(!matches!(socket.read(&mut [0; 8]), Ok(1..)));
+    assert!(ends_with_a_reset(tunnelled));
+    for socket in [plain, accepted] {
+        ends_with_a_reset(socket);
     }
     assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
     drop(own);
@@ -436,7 +444,9 @@ extra:
         assert!(page.starts_with("HTTP/1.1 200") && page.contains("istio_build"), "{page}");
     }
     let inbound = mesh.wait_for_log("left", &["connection complete", "direction=\"inbound\"", "dst.hbone_addr=10.244.1.1:15020"]);
-    assert!(inbound.contains("src.identity=\"spiffe://cluster.local/ns/default/sa/prometheus\"") && inbound.contains("dst.workload=\"ztunnel-left\""));
+    assert!(
+        inbound.contains("src.identity=\"spiffe://cluster.local/ns/default/sa/prometheus\"") && inbound.contains("dst.workload=\"ztunnel-left\"")
+    );
     let policy = "
 authorizationPolicies:
   - metadata: {name: scrape, namespace: istio-system}
@@ -499,23 +509,26 @@ fn nothing_is_left_of_a_lab_that_ended() {
     let mesh = two("");
     mesh.echo("client", (mesh.ip("server"), 8080)).unwrap();
     let status = mesh.status();
-    let processes = fs::read_link(format!("/proc/{}/ns/pid", status.supervisor)).unwrap();
     let places = status.nodes.iter().map(|node| &node.netns.path).chain(status.pods.iter().map(|pod| &pod.netns.path));
-    let mut namespaces: BTreeSet<PathBuf> = places.chain([&status.fabric.path]).map(|path| fs::read_link(path).unwrap()).collect();
-    namespaces.insert(processes);
+    let mut paths: Vec<PathBuf> = places.chain([&status.fabric.path]).cloned().collect();
+    paths.push(format!("/proc/{}/ns/pid", status.supervisor).into());
+    // Held by us, their numbers are given to no other namespace meanwhile.
+    let held: Vec<fs::File> = paths.iter().map(|path| fs::File::open(path).unwrap()).collect();
+    let ours: BTreeSet<PathBuf> = held.iter().map(|file| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()).collect();
+    let namespaces: BTreeSet<PathBuf> = ours.iter().map(|path| fs::read_link(path).unwrap()).collect();
+    assert_eq!(namespaces.len(), paths.len());
     mesh.down();
-    let still_there = || -> Vec<String> {
-        let linked = |link: &Path| fs::read_link(link).is_ok_and(|target| namespaces.contains(&target));
+    let others = || -> Vec<PathBuf> {
         let mut found = Vec::new();
-        for process in fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()) {
-            let tasks = fs::read_dir(process.join("task")).into_iter().flatten().flatten().map(|task| task.path());
-            let own = tasks.flat_map(|task| [task.join("ns/net"), task.join("ns/pid")]);
-            let held = fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|descriptor| descriptor.path());
-            found.extend(own.chain(held).filter(|link| linked(link)).map(|link| link.display().to_string()));
+        let numbered = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().parse::<i32>().is_ok();
+        for process in fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()).filter(numbered) {
+            let list = |of: &str| fs::read_dir(process.join(of)).into_iter().flatten().flatten().map(|entry| entry.path());
+            let links = list("task").flat_map(|task| [task.join("ns/net"), task.join("ns/pid")]).chain(list("fd"));
+            found.extend(links.filter(|link| !ours.contains(link) && fs::read_link(link).is_ok_and(|target| namespaces.contains(&target))));
         }
         found
     };
-    wait_until(&format!("nobody holds any of {namespaces:?}"), || still_there().is_empty());
+    assert!(until(|| others().is_empty().then_some(())).is_some(), "still there: {:?}", others());
 }
 
 /// A proxy without a lab, in a namespace of its own.
@@ -588,7 +601,12 @@ impl Bare {
     fn wait_for_readiness(&self, status: u16, body: &str) {
         let expected = (status, body.to_owned());
         let answers = || self.page(15021, "GET /healthz/ready").is_ok_and(|answer| answer == expected);
-        assert!(until(|| answers().then_some(())).is_some(), "not {expected:?} but {:?}:\n{}", self.page(15021, "GET /healthz/ready").ok(), self.log());
+        assert!(
+            until(|| answers().then_some(())).is_some(),
+            "not {expected:?} but {:?}:\n{}",
+            self.page(15021, "GET /healthz/ready").ok(),
+            self.log()
+        );
     }
 
     fn workload_state(&self) -> Value {
@@ -748,7 +766,9 @@ fn a_pod_whose_port_is_taken_is_pending_and_served_when_the_port_is_free() {
     let netns = lonely();
     let taken = netns.run(|| TcpListener::bind("0.0.0.0:15006").unwrap()).unwrap();
     match runtime.block_on(agent.add(pod(), netns.clone())) {
-        Err(ZdsError::Refused(reason)) => assert!(reason.contains("15006") && reason.contains("in use") && reason.contains("default/one"), "{reason}"),
+        Err(ZdsError::Refused(reason)) => {
+            assert!(reason.contains("15006") && reason.contains("in use") && reason.contains("default/one"), "{reason}")
+        }
         other => panic!("{other:?}"),
     }
     let state = proxy.workload_state();

@@ -237,9 +237,11 @@ impl Asked {
     }
 }
 
+type Answerer = dyn Fn(&Asked) -> Response<()> + Send + Sync;
+
 struct Service {
     tell: Mutex<mpsc::Sender<Asked>>,
-    answer: Box<dyn Fn(&Asked) -> Response<()> + Send + Sync>,
+    answer: Box<Answerer>,
 }
 
 impl Service {
