@@ -318,7 +318,8 @@ pods:
         mesh.wait_for_log(near, &["\terror\t", "connection complete", "direction=\"outbound\"", &format!("dst.workload=\"{to}\"")]);
         // It is the same the second time, and nothing was let through in between.
         assert!(mesh.call_fails(from, (mesh.ip(to), 8080)).is_err());
-        assert!(refusals(&mesh, far, "destination", "handshake") >= 2.0);
+        // A refusal that comes after the client's half of the handshake is tried again on new tunnels, but not for ever.
+        assert!((2.0..=6.0).contains(&refusals(&mesh, far, "destination", "handshake")));
     }
 }
 

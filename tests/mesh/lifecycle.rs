@@ -184,7 +184,7 @@ proxyEnv: {CONNECTION_TERMINATION_DEADLINE: 500ms}
         assert_eq!(cut, 2, "{}", mesh.log(of).join("\n"));
         mesh.wait_for_log(of, &["were cut at the end of the drain", "500ms"]);
         for socket in open {
-            ends_with_a_reset(socket);
+            assert!(ends_with_a_reset(socket));
         }
     }
     // The client's side of a cut: its own proxy goes, and it is no failure of the connection's.
@@ -235,7 +235,7 @@ fn the_connections_of_a_pod_that_goes_end_at_once_and_new_ones_fail() {
     mesh.apply(&TWO.replace("  - {name: server, serviceAccount: server, node: right}\n", ""));
     assert!(ends_with_a_reset(tunnelled));
     for socket in [plain, accepted] {
-        ends_with_a_reset(socket);
+        assert!(ends_with_a_reset(socket));
     }
     assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
     drop(own);
