@@ -3,8 +3,15 @@
 
 #[path = "../support/mesh.rs"]
 mod mesh;
+#[path = "../support/caller.rs"]
+mod caller;
+#[path = "../support/pki.rs"]
+mod pki;
 
 mod abuse;
+mod balancing;
+mod calls;
+mod lifecycle;
 mod policy;
 mod programs;
 mod traffic;

@@ -315,3 +315,58 @@ impl Mesh {
         Process::of(pid).unwrap()
     }
 }
+
+/// Sends something and waits for the end of the connection, which must come without a byte: as an end of stream or as a reset.
+pub fn ends_without_a_byte(mut socket: TcpStream) -> Result<(), io::ErrorKind> {
+    // It may have ended already.
+    let _ = socket.write_all(b"GET / HTTP/1.1\r\n\r\n");
+    let mut got = Vec::new();
+    let ended = socket.read_to_end(&mut got);
+    assert!(got.is_empty(), "an answer came: {:?}", String::from_utf8_lossy(&got));
+    match ended {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => panic!("nothing within {PATIENCE:?}: neither an answer nor an end"),
+        Err(error) => Err(error.kind()),
+    }
+}
+
+/// A server that tells everybody its name and hangs up.
+pub fn serve_name(listener: TcpListener, name: &str) {
+    let name = name.to_owned();
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let _ = socket.write_all(name.as_bytes());
+        }
+    });
+}
+
+impl Mesh {
+    /// The directory of the lab's CA.
+    pub fn ca(&self) -> PathBuf {
+        self.status.directory.join("ca")
+    }
+
+    /// Makes a call that must fail without a byte of an answer: the connection ends cleanly, or is reset, at the latest after it was made.
+    pub fn call_fails(&self, pod: &str, target: impl Into<SocketAddr>) -> Result<(), io::ErrorKind> {
+        match self.connect(pod, target) {
+            Ok(socket) => ends_without_a_byte(socket),
+            // A reset may be faster than we look.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(error.kind()),
+            Err(error) => panic!("the connect itself fails: {error}"),
+        }
+    }
+
+    /// What a server in the mesh says when a pod connects to it; see [`serve_name`].
+    pub fn ask_name(&self, pod: &str, target: impl Into<SocketAddr>) -> io::Result<String> {
+        let mut name = String::new();
+        self.connect(pod, target)?.read_to_string(&mut name)?;
+        Ok(name)
+    }
+
+    /// The process of a node's proxy or of a pod's own.
+    pub fn proxy_pid(&self, of: &str) -> i32 {
+        let status = self.status();
+        let proxy = status.node(of).map(|node| node.proxy.clone());
+        proxy.unwrap_or_else(|_| status.pod(of).unwrap().proxy.clone().unwrap()).host_pid
+    }
+}
