@@ -293,11 +293,8 @@ fn a_handshake_byte_by_byte_ends_at_the_deadline_and_a_slow_application_goes_on(
 
 #[test]
 fn strangers_are_capped_per_source_and_per_node_until_the_deadline_frees_their_places() {
-    let field = Field::up(&[
-        ("CULVERT_HANDSHAKE_DEADLINE", "2s"),
-        ("CULVERT_MAX_UNAUTHENTICATED", "16"),
-        ("CULVERT_MAX_UNAUTHENTICATED_PER_SOURCE", "8"),
-    ]);
+    let field =
+        Field::up(&[("CULVERT_HANDSHAKE_DEADLINE", "2s"), ("CULVERT_MAX_UNAUTHENTICATED", "16"), ("CULVERT_MAX_UNAUTHENTICATED_PER_SOURCE", "8")]);
     // One source: its share is held, the others of it are reset at once, and everybody else gets in.
     let since = Instant::now();
     let held: Vec<TcpStream> = (0..8).map(|_| field.from("outside", HBONE)).collect();

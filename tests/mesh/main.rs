@@ -1,10 +1,10 @@
 //! Meshes in network namespaces, with the real binary: what a user of a cluster would see.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../support/mesh.rs"]
-mod mesh;
 #[path = "../support/caller.rs"]
 mod caller;
+#[path = "../support/mesh.rs"]
+mod mesh;
 #[path = "../support/pki.rs"]
 mod pki;
 

@@ -290,8 +290,7 @@ services:
     std::fs::write(mesh.directory().join("message"), "Subject: hello\r\n\r\nThrough the mesh.\r\n").unwrap();
     let file = mesh.directory().join("message").display().to_string();
     let direct = |pod: &str| SocketAddr::from((mesh.ip(pod), 2525)).to_string();
-    let routes =
-        [("client", "mail", "mail:25".to_owned()), ("client", "plain", direct("plain")), ("outside", "mail", direct("mail"))];
+    let routes = [("client", "mail", "mail:25".to_owned()), ("client", "plain", direct("plain")), ("outside", "mail", direct("mail"))];
     for (from, server, target) in routes {
         let listener = mesh.listen(server, 2525);
         let served = thread::spawn(move || serve_smtp(listener.accept().unwrap().0));
