@@ -221,12 +221,12 @@ impl Running {
         Ok(())
     }
 
-    /// Rules first, then listeners; the namespace ends with its last holder.
+    /// Capture ends first, then listeners and connections. The rest of the rules ends with the namespace, and that with its last holder.
     async fn remove_pod(&mut self, key: &str) -> Result<(), Error> {
         let Some(mut pod) = self.pods.remove(key) else { return Ok(()) };
         pod.stop_command().await;
         if pod.definition.captured {
-            rules::remove(&pod.netns).map_err(Error::failed(format!("cannot release pod {key}")))?;
+            rules::stop_capturing(&pod.netns).map_err(Error::failed(format!("cannot release pod {key}")))?;
         }
         if let Some(proxy) = &mut pod.proxy {
             proxy.stop().await;

@@ -4,8 +4,8 @@
 //! may move between the two. How they are written is ours: one table `inet culvert` for both families, a counter and a comment on
 //! every rule, so that `nft list table inet culvert` in a pod explains itself.
 //!
-//! Order matters to the caller: the proxy's listeners must exist before [`install`], and go only after [`remove`]. Rules that point
-//! at no listener refuse the pod's connections.
+//! Order matters to the caller: the proxy's listeners must exist before [`install`], and go only after [`stop_capturing`]: rules that point
+//! at no listener refuse the pod's connections. [`remove`] comes last, because the proxy's live connections need the address translation.
 
 use std::fmt::Write as _;
 use std::io;
@@ -85,6 +85,19 @@ pub fn install(netns: &NetNs, config: &RulesConfig) -> Result<(), RulesError> {
         nft::apply(&script).map_err(RulesError::Rules)
     };
     netns.run(inside).map_err(RulesError::Namespace)?
+}
+
+/// Ends capture: new connections of the pod go where they are addressed. Connections that exist are still translated, so that the proxy can
+/// close them towards both ends; without the table they would end in silence. When the proxy has let go of the pod, [`remove`] takes the rest.
+/// A pod without rules is no error.
+///
+/// # Errors
+/// See [`RulesError`].
+pub fn stop_capturing(netns: &NetNs) -> Result<(), RulesError> {
+    // "add" first, because flushing what is not there is an error. A chain that exists keeps its hook, and translates even when it is empty.
+    let chain = |name: &str| format!("add chain inet {TABLE} {name}\nflush chain inet {TABLE} {name}\n");
+    let script = format!("add table inet {TABLE}\n{}{}", chain("nat_prerouting"), chain("nat_output"));
+    netns.run(|| nft::apply(&script).map_err(RulesError::Rules)).map_err(RulesError::Namespace)?
 }
 
 /// Takes rules and routes out of a pod; what is not there is no error. The listeners may go afterwards.

@@ -1,20 +1,48 @@
-//! Policy on connections, new and live. One task per pod derives the compiled policy of its workload from the snapshot; every connection
-//! selects on the result, so that a change of a policy, of the workload or of what names it reaches live connections at once
-//! (the reference re-checks only on policy changes, with the workload as it was when the connection began).
+//! Policy on connections, new and live. For every pod the compiled policy of its workload is derived from the snapshot, once per change; every
+//! connection selects on the result, so that a change of a policy, of the workload or of what names it reaches live connections at once
+//! (the reference re-checks only on policy changes, with the workload as it was when the connection began). A new connection is never decided
+//! about by an older world than the one that is published: it derives for itself if the pod's task has not come to it yet.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
-use crate::discovery::{LocalName, Mesh};
+use crate::discovery::{LocalName, Mesh, World};
+use crate::model::Workload;
 use crate::policy::{CompiledPolicy, Denial, DenialReason, Facts, Permitted};
 
-/// How long a new connection waits for a policy that its workload names but that has not arrived.
+/// How long a policy that the workload names but that has not arrived is waited for: by a new connection before it is refused, by a live one,
+/// which a known policy permitted, before it is cut. Policies and workloads come in separate messages, in either order.
 const UNKNOWN_POLICY_WAIT: Duration = Duration::from_secs(1);
 
-/// The policy of one destination workload as it changes; `None` until the workload is known.
+/// The policy of one destination workload as it changes.
 #[derive(Clone)]
-pub(super) struct Guard(watch::Receiver<Option<CompiledPolicy>>);
+pub(super) struct Guard(Arc<Source>);
+
+struct Source {
+    mesh: Mesh,
+    name: LocalName,
+    state: watch::Sender<State>,
+}
+
+/// What one world says about the workload.
+#[derive(Default)]
+struct State {
+    epoch: u64,
+    /// `None` until the workload is known for the first time.
+    applied: Option<Applied>,
+}
+
+#[derive(Clone)]
+struct Applied {
+    /// The workload as it was last known.
+    workload: Arc<Workload>,
+    /// Whether it still is.
+    present: bool,
+    policy: CompiledPolicy,
+}
 
 /// Keeps the derivation going; dropping it ends the task.
 pub(super) struct Derivation(tokio::task::JoinHandle<()>);
@@ -25,41 +53,76 @@ impl Drop for Derivation {
     }
 }
 
+impl Applied {
+    /// A workload that vanished keeps its names, so that policies still reach the connections that it still has.
+    fn derive(world: &World, name: &LocalName, last: Option<Arc<Workload>>) -> Option<Self> {
+        let found = world.snapshot.local_workload(&name.name, &name.namespace, &name.service_account);
+        let present = found.is_some();
+        let workload = found.or(last)?;
+        let policy = world.policies.compile(&workload.profile.namespace, &workload.profile.authorization_policies);
+        Some(Self { workload, present, policy })
+    }
+
+    fn differs(&self, other: Option<&Self>) -> bool {
+        other.is_none_or(|other| self.present != other.present || self.policy != other.policy)
+    }
+}
+
+impl Source {
+    /// Brings the state up to the current world.
+    fn catch_up(&self) {
+        let world = self.mesh.current();
+        let last = {
+            let state = self.state.borrow();
+            if state.epoch >= world.epoch {
+                return;
+            }
+            state.applied.as_ref().map(|applied| applied.workload.clone())
+        };
+        let next = Applied::derive(&world, &self.name, last);
+        self.state.send_if_modified(|state| {
+            // Somebody else may have been here with a later world.
+            if state.epoch >= world.epoch {
+                return false;
+            }
+            state.epoch = world.epoch;
+            let changed = next.as_ref().is_some_and(|next| next.differs(state.applied.as_ref()));
+            state.applied = next;
+            changed
+        });
+    }
+}
+
 impl Guard {
     /// Starts to derive the policy of the pod called `name`.
     pub(super) fn derive(mesh: &Mesh, name: LocalName) -> (Self, Derivation) {
+        // Before the first look, so that no world falls between.
         let mut worlds = mesh.subscribe();
-        let first = compile(&worlds.borrow_and_update(), &name);
-        let (publish, guard) = watch::channel(first);
+        let guard = Self(Arc::new(Source { mesh: mesh.clone(), name, state: watch::Sender::new(State::default()) }));
+        guard.0.catch_up();
+        let source = guard.0.clone();
         let task = tokio::spawn(async move {
             while worlds.changed().await.is_ok() {
-                let next = compile(&worlds.borrow_and_update(), &name);
-                publish.send_if_modified(|current| {
-                    // A workload that vanished keeps its last policy for the connections that it still has.
-                    let changed = next.is_some() && *current != next;
-                    if changed {
-                        *current = next;
-                    }
-                    changed
-                });
+                source.catch_up();
             }
         });
-        (Self(guard), Derivation(task))
+        (guard, Derivation(task))
     }
 
-    /// Decides about a new connection; `None` when the pod's workload was never known. The watcher in the result was taken before the decision,
+    /// Decides about a new connection; `None` when the pod's workload is not known. The watcher in the result was taken before the decision,
     /// so no change can fall between.
     pub(super) async fn permit(&self, facts: Facts) -> Option<Result<(Permitted, LiveGuard), Denial>> {
-        let deadline = tokio::time::Instant::now() + UNKNOWN_POLICY_WAIT;
-        let mut watcher = self.0.clone();
+        let deadline = Instant::now() + UNKNOWN_POLICY_WAIT;
+        let mut watcher = self.0.state.subscribe();
         loop {
-            let decision = watcher.borrow_and_update().as_ref().map(|policy| policy.permit(&facts));
-            let denial = match decision {
-                Some(Ok(permitted)) => return Some(Ok((permitted, LiveGuard { watcher, facts }))),
-                Some(Err(denial)) if !matches!(denial.reason(), DenialReason::Unknown { .. }) => return Some(Err(denial)),
+            self.0.catch_up();
+            let applied = watcher.borrow_and_update().applied.clone().filter(|applied| applied.present);
+            let denial = match applied.map(|applied| applied.policy.permit(&facts)) {
+                Some(Ok(permitted)) => return Some(Ok((permitted, LiveGuard { watcher, facts, doubt: None }))),
+                Some(Err(denial)) if !is_unknown(&denial) => return Some(Err(denial)),
                 undecided => undecided.and_then(Result::err),
             };
-            if !matches!(tokio::time::timeout_at(deadline, watcher.changed()).await, Ok(Ok(()))) {
+            if !matches!(timeout_at(deadline, watcher.changed()).await, Ok(Ok(()))) {
                 return denial.map(Err);
             }
         }
@@ -68,27 +131,45 @@ impl Guard {
 
 /// Watches over one live connection.
 pub(super) struct LiveGuard {
-    watcher: watch::Receiver<Option<CompiledPolicy>>,
+    watcher: watch::Receiver<State>,
     facts: Facts,
+    /// A policy that is waited for, and until when.
+    doubt: Option<(Instant, Denial)>,
 }
 
 impl LiveGuard {
-    /// Resolves when the connection is no longer permitted.
+    /// Resolves when the connection is no longer permitted. May be dropped and asked again.
     pub(super) async fn denied(&mut self) -> Denial {
         loop {
-            if self.watcher.changed().await.is_err() {
+            let changed = match &self.doubt {
+                None => self.watcher.changed().await,
+                Some((deadline, denial)) => match timeout_at(*deadline, self.watcher.changed()).await {
+                    Ok(changed) => changed,
+                    Err(_) => return denial.clone(),
+                },
+            };
+            if changed.is_err() {
                 // The pod's proxy is going away, and its drain ends the connection.
                 std::future::pending::<()>().await;
             }
-            let decision = self.watcher.borrow_and_update().as_ref().map(|policy| policy.recheck(&self.facts));
-            if let Some(Err(denial)) = decision {
-                return denial;
-            }
+            let Some(applied) = self.watcher.borrow_and_update().applied.clone() else { continue };
+            self.doubt = match applied.policy.recheck(&self.facts) {
+                Ok(()) => None,
+                Err(denial) if !is_unknown(&denial) => return denial,
+                // A policy that went together with its workload is no reason to cut what it permitted.
+                Err(_) if !applied.present => None,
+                Err(denial) => {
+                    let deadline = self.doubt.take().map_or_else(|| Instant::now() + UNKNOWN_POLICY_WAIT, |(deadline, _)| deadline);
+                    Some((deadline, denial))
+                }
+            };
         }
     }
 }
 
-fn compile(world: &crate::discovery::World, name: &LocalName) -> Option<CompiledPolicy> {
-    let workload = world.snapshot.local_workload(&name.name, &name.namespace, &name.service_account)?;
-    Some(world.policies.compile(&workload.profile.namespace, &workload.profile.authorization_policies))
+fn is_unknown(denial: &Denial) -> bool {
+    matches!(denial.reason(), DenialReason::Unknown { .. })
 }
+
+#[cfg(test)]
+mod tests;

@@ -96,7 +96,7 @@ async fn carry(
     let mut attempt = DialAttempt { failed: &pod.node.failed_dials, peer, target, dialed: false };
     let dialing = &mut attempt.dialed;
     let establish = async {
-        let cleared = routed.permit(&pod.guard).await?;
+        let cleared = routed.permit(pod).await?;
         // One peer's dials must not take every descriptor of the node.
         let _dial = pod.node.dials.acquire(peer.clone()).map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
         pod.node.failed_dials.check(peer, target).map_err(|refused| Error::Limit("dials for this peer that came to nothing", refused))?;

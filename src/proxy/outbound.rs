@@ -10,10 +10,10 @@ use super::pod::PodProxy;
 use super::route::{self, Entry, Route};
 use super::session::{Error, closed, service_facts};
 use crate::forward::relay;
-use crate::hbone::{ConnectRequest, PoolKey, Role};
+use crate::hbone::{ConnectRequest, PoolKey, Role, TunnelStream};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::{Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
-use crate::sys::socket::original_destination;
+use crate::sys::socket::{original_destination, reset_on_close};
 use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter, ResponseFlag};
 
 /// Serves one captured connection from accept to close.
@@ -21,11 +21,22 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
     let _open = pod.node.telemetry.socket_opened(Reporter::Source);
     let target = match original_destination(&socket) {
         Ok(target) => target,
-        Err(error) => return pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error)),
+        Err(error) => {
+            fail(&socket);
+            return pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error));
+        }
     };
-    let (source, route) = match decide(&pod, target).await {
+    let decided = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        decided = decide(&pod, target) => decided,
+    };
+    let (source, route) = match decided {
         Ok(decided) => decided,
-        Err(error) => return pod.refuse(Reporter::Source, client, Some(target), &error),
+        Err(error) => {
+            fail(&socket);
+            return pod.refuse(Reporter::Source, client, Some(target), &error);
+        }
     };
     let facts = facts(&source, client, &route);
     let record = pod.node.telemetry.opened(facts);
@@ -37,11 +48,7 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
         protocol: if matches!(route, Route::Hbone { .. }) { Protocol::Hbone } else { Protocol::Tcp },
     };
     let _live = pod.connections.register(live);
-    let outcome = tokio::select! {
-        biased;
-        () = drain.forced() => Err(Error::Drained),
-        outcome = Box::pin(carry(&pod, socket, Journey { client, source, route }, &record)) => outcome,
-    };
+    let outcome = Box::pin(carry(&pod, socket, Journey { client, source, route }, (&record, &mut drain))).await;
     record.close(match outcome {
         Ok(()) => ConnectionEnd { flag: ResponseFlag::Ok, error: None, policy: None },
         Err(error) => error.end(),
@@ -79,11 +86,43 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
     Ok((source, route))
 }
 
-async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, record: &OpenConnection) -> Result<(), Error> {
+/// The way to the destination, established.
+enum Upstream {
+    Plain(TcpStream),
+    Tunnel(TunnelStream),
+}
+
+async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, (record, drain): (&OpenConnection, &mut DrainWatcher)) -> Result<(), Error> {
+    let established = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        established = Box::pin(establish(pod, &journey)) => established,
+    };
+    let upstream = established.inspect_err(|_| fail(&socket))?;
+    let meter = record.meter();
+    let transfer = async {
+        match upstream {
+            Upstream::Plain(upstream) => relay(socket, upstream, &meter).await,
+            Upstream::Tunnel(stream) => stream.relay(socket, Role::Client, &meter).await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        ended = Box::pin(transfer) => closed(ended),
+    }
+}
+
+/// The application's connection was accepted before its destination was known: it must not take a failure for an empty answer.
+fn fail(socket: &TcpStream) {
+    // A socket that refuses the option is closed all the same.
+    let _ = reset_on_close(socket);
+}
+
+async fn establish(pod: &PodProxy, journey: &Journey) -> Result<Upstream, Error> {
     match &journey.route {
         Route::Passthrough { .. } | Route::Tcp { .. } => {
-            let upstream = pod.sockets.connect(next_hop(&journey.route), None).await.map_err(Error::Connect)?;
-            closed(relay(socket, upstream, &record.meter()).await)
+            pod.sockets.connect(next_hop(&journey.route), None).await.map(Upstream::Plain).map_err(Error::Connect)
         }
         Route::Hbone { workload, authority, expected, next_hop, .. } => {
             let identity = journey.source.identity()?;
@@ -104,7 +143,7 @@ async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, record: &Ope
                 forwarded_network: None,
             };
             let (stream, _answer, _peer) = pod.pool.open(&key, &credential, &request).await?;
-            closed(stream.relay(socket, Role::Client, &record.meter()).await)
+            Ok(Upstream::Tunnel(stream))
         }
     }
 }

@@ -10,22 +10,24 @@ use super::pod::PodProxy;
 use super::route::{self, Entry};
 use super::session::{Accepted, Client, Error, Routed, service_facts};
 use crate::lifecycle::drain::DrainWatcher;
-use crate::sys::socket::original_destination;
+use crate::model::Workload;
+use crate::sys::socket::{original_destination, reset_on_close};
 use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter};
 
 /// Serves one captured connection from accept to close.
 pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) {
     let _open = pod.node.telemetry.socket_opened(Reporter::Destination);
-    let target = match original_destination(&socket) {
-        Ok(target) => target,
-        Err(error) => return pod.refuse(Reporter::Destination, client, None, &Error::OriginalDestination(error)),
+    let decided = tokio::select! {
+        biased;
+        () = drain.forced() => Err((None, Error::Drained)),
+        decided = decide(&pod, &socket) => decided,
     };
-    if let Err(error) = route::refuse_recursion(Entry::Plaintext, target, &pod.node.config.route) {
-        return pod.refuse(Reporter::Destination, client, Some(target), &error.into());
-    }
-    let workload = match pod.local_workload().await {
-        Ok(workload) => workload,
-        Err(error) => return pod.refuse(Reporter::Destination, client, Some(target), &error),
+    let (target, workload) = match decided {
+        Ok(decided) => decided,
+        Err((target, error)) => {
+            close(&socket);
+            return pod.refuse(Reporter::Destination, client, target, &error);
+        }
     };
     let world = pod.node.mesh.current();
     let facts = ConnectionFacts {
@@ -50,7 +52,7 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
 }
 
 async fn carry(pod: &PodProxy, socket: TcpStream, routed: Routed, record: &OpenConnection, drain: &mut DrainWatcher) -> ConnectionEnd {
-    let connect = async { routed.permit(&pod.guard).await?.connect(&pod.sockets).await };
+    let connect = async { routed.permit(pod).await?.connect(&pod.sockets).await };
     let connected = tokio::select! {
         biased;
         () = drain.forced() => Err(Error::Drained),
@@ -59,9 +61,23 @@ async fn carry(pod: &PodProxy, socket: TcpStream, routed: Routed, record: &OpenC
     match connected {
         Ok(connected) => connected.relay(Client::Plain(socket), &record.meter(), drain).await,
         Err(error) => {
-            // The client must not take a refusal for an empty answer.
-            let _ = crate::sys::socket::reset_on_close(&socket);
+            close(&socket);
             error.end()
         }
     }
+}
+
+/// Where the client wants to go, and the pod that it wants.
+async fn decide(pod: &PodProxy, socket: &TcpStream) -> Result<(SocketAddr, Arc<Workload>), (Option<SocketAddr>, Error)> {
+    let target = original_destination(socket).map_err(|error| (None, Error::OriginalDestination(error)))?;
+    // Before the wait for the workload: a loop must end at once.
+    route::refuse_recursion(Entry::Plaintext, target, &pod.node.config.route).map_err(|error| (Some(target), error.into()))?;
+    let workload = pod.local_workload().await.map_err(|error| (Some(target), error))?;
+    Ok((target, workload))
+}
+
+/// The client must not take a refusal for an empty answer.
+fn close(socket: &TcpStream) {
+    // A socket that refuses the option is closed all the same.
+    let _ = reset_on_close(socket);
 }

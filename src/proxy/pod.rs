@@ -26,15 +26,18 @@ pub struct PodProxy {
     pub(super) guard: Guard,
     pub(super) connections: Arc<ConnectionTable>,
     _derivation: Derivation,
+    /// The process does not end before the last connection has been recorded.
+    _process: DrainWatcher,
 }
 
 impl PodProxy {
-    /// A proxy for the pod called `name`, whose connections go out of `sockets`.
+    /// A proxy for the pod called `name`, whose connections go out of `sockets`. It holds `process`, the watcher of the process's own drain, until
+    /// its last connection has ended; its listeners are drained by watchers of their own.
     #[must_use]
-    pub fn new(node: Arc<Node>, name: LocalName, sockets: PodSockets) -> Arc<Self> {
+    pub fn new(node: Arc<Node>, name: LocalName, sockets: PodSockets, process: DrainWatcher) -> Arc<Self> {
         let (guard, derivation) = Guard::derive(&node.mesh, name.clone());
         let pool = Pool::new(node.hbone.clone(), Arc::new(sockets.clone()));
-        Arc::new(Self { node, name, sockets, pool, guard, connections: Arc::default(), _derivation: derivation })
+        Arc::new(Self { node, name, sockets, pool, guard, connections: Arc::default(), _derivation: derivation, _process: process })
     }
 
     /// The live connections, for `config_dump`.

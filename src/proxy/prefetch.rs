@@ -7,7 +7,7 @@ use crate::discovery::Mesh;
 use crate::identity::Credentials;
 use crate::model::{SpiffeId, TunnelProtocol};
 
-/// Follows the mesh until it ends. Only workloads of this node that take HBONE count.
+/// Follows the mesh for ever, also one that can no longer change. Only workloads of this node that take HBONE count.
 pub async fn prefetch_certificates(mesh: Mesh, credentials: Credentials) {
     let mut worlds = mesh.subscribe();
     let mut known = HashSet::new();
@@ -21,7 +21,8 @@ pub async fn prefetch_certificates(mesh: Mesh, credentials: Credentials) {
         }
         known = wanted;
         if worlds.changed().await.is_err() {
-            return;
+            // A mesh that is given as text has no publisher: what it says stays.
+            return std::future::pending().await;
         }
     }
 }

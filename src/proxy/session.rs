@@ -6,8 +6,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
+use tracing::Level;
 
-use super::guard::{Guard, LiveGuard};
+use super::guard::LiveGuard;
+use super::pod::PodProxy;
 use super::route::RouteError;
 use super::sockets::PodSockets;
 use crate::forward::{Ended, relay};
@@ -15,8 +17,8 @@ use crate::hbone::{self, Role, TunnelStream};
 use crate::identity::IdentityError;
 use crate::lifecycle::PermitRefused;
 use crate::lifecycle::drain::DrainWatcher;
-use crate::model::{Service, SpiffeError, SpiffeId, Workload};
-use crate::policy::{Denial, Facts, Permitted};
+use crate::model::{Service, SpiffeError, SpiffeId, Text, Workload};
+use crate::policy::{Action, Denial, DryRunMatch, Facts, Permitted};
 use crate::telemetry::{ConnectionEnd, Meter, RefusalReason, ResponseFlag, ServiceFacts};
 
 /// Why a connection was not served, or ended early. The wording is that of the reference (dataplane §10.5) where it has one.
@@ -165,17 +167,44 @@ impl Identified {
 
 impl Routed {
     /// Asks policy.
-    pub(super) async fn permit(self, guard: &Guard) -> Result<Cleared, Error> {
+    pub(super) async fn permit(self, pod: &PodProxy) -> Result<Cleared, Error> {
         let facts = Facts {
             identity: self.identified.identity.clone(),
             source_ip: self.identified.accepted.source.ip(),
             destination_ip: self.target.ip(),
             destination_port: self.target.port(),
         };
-        let decision = guard.permit(facts).await;
+        let decision = pod.guard.permit(facts).await;
+        if let Some(decision) = &decision {
+            self.log(decision.as_ref().map(|(permitted, _)| permitted), pod.node.config.policy_info);
+        }
         let unknown = || Error::LocalWorkloadUnknown(self.identified.workload.uid.to_string());
         let (permitted, guard) = decision.ok_or_else(unknown)?.map_err(Error::Rejected)?;
         Ok(Cleared { routed: self, permitted, guard })
+    }
+
+    /// What policy said, and what policies on trial would have said, at DEBUG or as configured at INFO (reference, dataplane §6.4).
+    fn log(&self, decision: Result<&Permitted, &Denial>, info: bool) {
+        macro_rules! say {
+            ($($event:tt)*) => {
+                if info { tracing::event!(target: "policy", Level::INFO, $($event)*) } else { tracing::event!(target: "policy", Level::DEBUG, $($event)*) }
+            };
+        }
+        let Accepted { source, .. } = &self.identified.accepted;
+        let (target, identity) = (&self.target, self.identified.identity.as_ref().map(tracing::field::display));
+        let (verdict, decided_by, on_trial) = match decision {
+            Ok(permitted) => ("permitted", permitted.policy(), permitted.dry_run()),
+            Err(denial) => ("denied", denial.policy(), denial.dry_run()),
+        };
+        for DryRunMatch { policy, action } in on_trial {
+            let effect = match action {
+                Action::Deny => "would deny",
+                Action::Allow => "would allow",
+            };
+            say!(src.addr = %source, src.identity = identity.as_ref(), dst.addr = %target, policy = policy.as_str(), effect, "dry-run policy matches");
+        }
+        let policy = decided_by.map(Text::as_str);
+        say!(src.addr = %source, src.identity = identity, dst.addr = %target, policy, verdict, "policy decision");
     }
 }
 

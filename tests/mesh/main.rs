@@ -1,7 +1,17 @@
 //! Meshes in network namespaces, with the real binary: what a user of a cluster would see.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation)]
 
+#[path = "../support/caller.rs"]
+mod caller;
 #[path = "../support/mesh.rs"]
 mod mesh;
+#[path = "../support/pki.rs"]
+mod pki;
 
+mod abuse;
+mod balancing;
+mod calls;
+mod lifecycle;
+mod policy;
+mod programs;
 mod traffic;

@@ -214,3 +214,159 @@ pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> Option<T> {
 pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     assert!(until(|| so().then_some(())).is_some(), "not within {PATIENCE:?}: {what}");
 }
+
+impl Mesh {
+    /// The configuration file of all proxies of the lab.
+    pub fn mesh_file(&self) -> PathBuf {
+        self.status.mesh_file.clone()
+    }
+
+    /// Puts another configuration file in place, in one step, past the lab. The next `apply` writes it anew.
+    pub fn replace_mesh_file(&self, text: &str) {
+        let file = self.mesh_file();
+        let new = file.with_extension("test");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &file).unwrap();
+    }
+}
+
+/// Whether a program of a Debian package is there. Where `CI` is `true` it must be; elsewhere its test is skipped and says so.
+pub fn installed(program: &str, package: &str) -> bool {
+    let path = format!("{}:/usr/local/sbin:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let found = path.split(':').any(|directory| std::path::Path::new(directory).join(program).is_file());
+    if !found {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "{program} is missing: apt-get install {package}");
+        report(&format!("skipped, because {program} is missing: apt-get install {package}"));
+    }
+    found
+}
+
+/// Prints a line of the running test past the capture of passing tests.
+pub fn report(line: &str) {
+    let _ = writeln!(io::stderr(), "{}: {line}", std::thread::current().name().unwrap_or("test"));
+}
+
+/// Taken by tests that fill the machine or measure it, so that no two of them run at once.
+pub fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A process of this machine, such as a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    started: u64,
+}
+
+impl Process {
+    pub fn of(pid: i32) -> io::Result<Self> {
+        Ok(Self { pid, started: culvert::sys::process::start_time(pid)? })
+    }
+
+    pub fn lives(&self) -> bool {
+        // One that has ended and was not waited for yet is gone as well.
+        let ended = |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')));
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        Self::of(self.pid).is_ok_and(|now| now == *self) && stat.is_ok_and(|stat| !ended(&stat))
+    }
+
+    /// Descriptors that it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap().count()
+    }
+
+    /// What they are, for a message.
+    pub fn open_files(&self) -> String {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap();
+        let targets = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+        targets.map(|target| target.display().to_string()).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Resident memory in KiB.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+    }
+
+    /// Percent of one CPU that it uses over a time.
+    pub fn cpu(&self, over: Duration) -> f64 {
+        // Clock ticks, 100 a second on every Linux that people run.
+        let used = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
+            let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        let (before, since) = (used(), Instant::now());
+        std::thread::sleep(over);
+        (used() - before) as f64 / since.elapsed().as_secs_f64()
+    }
+}
+
+impl Mesh {
+    /// The proxy of a node, or of a dedicated pod.
+    pub fn proxy(&self, of: &str) -> Process {
+        let status = self.status();
+        let pid = match status.node(of) {
+            Ok(node) => node.proxy.host_pid,
+            Err(_) => status.pod(of).unwrap().proxy.as_ref().unwrap().host_pid,
+        };
+        assert_ne!(pid, 0, "the proxy of {of} has ended");
+        Process::of(pid).unwrap()
+    }
+}
+
+/// Sends something and waits for the end of the connection, which must come without a byte: as an end of stream or as a reset.
+pub fn ends_without_a_byte(mut socket: TcpStream) -> Result<(), io::ErrorKind> {
+    // It may have ended already.
+    let _ = socket.write_all(b"GET / HTTP/1.1\r\n\r\n");
+    let mut got = Vec::new();
+    let ended = socket.read_to_end(&mut got);
+    assert!(got.is_empty(), "an answer came: {:?}", String::from_utf8_lossy(&got));
+    match ended {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => panic!("nothing within {PATIENCE:?}: neither an answer nor an end"),
+        Err(error) => Err(error.kind()),
+    }
+}
+
+/// A server that tells everybody its name and hangs up.
+pub fn serve_name(listener: TcpListener, name: &str) {
+    let name = name.to_owned();
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let _ = socket.write_all(name.as_bytes());
+        }
+    });
+}
+
+impl Mesh {
+    /// The directory of the lab's CA.
+    pub fn ca(&self) -> PathBuf {
+        self.status.directory.join("ca")
+    }
+
+    /// Makes a call that must fail without a byte of an answer: the connection ends cleanly, or is reset, at the latest after it was made.
+    pub fn call_fails(&self, pod: &str, target: impl Into<SocketAddr>) -> Result<(), io::ErrorKind> {
+        match self.connect(pod, target) {
+            Ok(socket) => ends_without_a_byte(socket),
+            // A reset may be faster than we look.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(error.kind()),
+            Err(error) => panic!("the connect itself fails: {error}"),
+        }
+    }
+
+    /// What a server in the mesh says when a pod connects to it; see [`serve_name`].
+    pub fn ask_name(&self, pod: &str, target: impl Into<SocketAddr>) -> io::Result<String> {
+        let mut name = String::new();
+        self.connect(pod, target)?.read_to_string(&mut name)?;
+        Ok(name)
+    }
+
+    /// The process of a node's proxy or of a pod's own.
+    pub fn proxy_pid(&self, of: &str) -> i32 {
+        let status = self.status();
+        let proxy = status.node(of).map(|node| node.proxy.clone());
+        proxy.unwrap_or_else(|_| status.pod(of).unwrap().proxy.clone().unwrap()).host_pid
+    }
+}

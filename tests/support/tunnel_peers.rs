@@ -403,7 +403,18 @@ pub struct Application {
 
 impl Application {
     pub async fn behind(stream: TunnelStream, role: Role) -> Self {
+        Self::on(connected().await, stream, role)
+    }
+
+    /// The kernel holds next to nothing for it: what the application does not read stays in the relay.
+    pub async fn with_small_buffers(stream: TunnelStream, role: Role) -> Self {
         let (socket, relayed) = connected().await;
+        socket2::SockRef::from(&socket).set_recv_buffer_size(16 << 10).unwrap();
+        socket2::SockRef::from(&relayed).set_send_buffer_size(16 << 10).unwrap();
+        Self::on((socket, relayed), stream, role)
+    }
+
+    fn on((socket, relayed): (TcpStream, TcpStream), stream: TunnelStream, role: Role) -> Self {
         let meter = Arc::new(Meter::default());
         let counted = meter.clone();
         let relay = tokio::spawn(async move { stream.relay(relayed, role, &counted).await });

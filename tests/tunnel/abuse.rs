@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use culvert::hbone::{Config, Endpoint, Error};
 use tokio::io::AsyncWriteExt;
@@ -93,16 +93,51 @@ async fn a_rapid_reset_ends_within_five_hundred_requests() {
 }
 
 #[tokio::test]
-async fn a_rapid_reset_of_requests_that_nobody_looks_at_ends_too() {
-    // Our tasks are slow: they notice nothing.
+async fn requests_taken_back_that_nobody_looks_at_are_bounded() {
+    // Our tasks are slow: they notice nothing, and h2 has forgotten these streams.
     let mut scene = Scene::new().await;
-    scene.until_closed(20_000, |number| vec![Frame::connect(number * 2 + 1, "10.0.0.2:80"), Frame::reset(number * 2 + 1, CANCEL)]).await;
-    scene.over(None).await;
-    let mut unanswered = 0;
-    while scene.server.requests.try_recv().is_ok() {
-        unanswered += 1;
+    let mut unanswered = Vec::new();
+    loop {
+        let stream = u32::try_from(unanswered.len()).unwrap() * 2 + 1;
+        let _ = scene.attacker.try_send_all(&[Frame::connect(stream, "10.0.0.2:80")]).await;
+        tokio::select! {
+            incoming = scene.server.requests.recv() => unanswered.push(incoming.unwrap()),
+            end = scene.server.ended.recv() => {
+                assert!(matches!(end, Some(Err(Error::Tunnel(why))) if why.contains("taken back")));
+                break;
+            }
+        }
+        let _ = scene.attacker.try_send_all(&[Frame::reset(stream, CANCEL)]).await;
+        assert!(unanswered.len() <= 256 + 200 + 1);
     }
-    assert!(unanswered <= 256 + 200 + 1, "{unanswered}");
+    assert!(unanswered.len() >= 256 + 200);
+    scene.neighbour().await;
+}
+
+#[tokio::test]
+async fn requests_taken_back_one_by_one_after_they_were_accepted_are_counted_too() {
+    // Slower than a flood, so that h2 never has two to accept.
+    let mut scene = Scene::new().await;
+    let (mut taken_back, begin) = (0, Instant::now());
+    loop {
+        let stream = taken_back * 2 + 1;
+        let sent = scene.attacker.try_send_all(&[Frame::connect(stream, "10.0.0.2:80")]).await;
+        let incoming = tokio::select! {
+            incoming = scene.server.requests.recv() => incoming,
+            end = scene.server.ended.recv() => {
+                assert!(matches!(end, Some(Err(Error::Tunnel(why))) if why.contains("taken back")));
+                break;
+            }
+        };
+        let (Ok(()), Some(mut incoming)) = (sent, incoming) else { continue };
+        let _ = scene.attacker.try_send_all(&[Frame::reset(stream, CANCEL)]).await;
+        soon(incoming.abandoned()).await;
+        taken_back += 1;
+        assert!(taken_back <= 210 + u32::try_from(begin.elapsed().as_millis() / 20).unwrap(), "{taken_back}");
+    }
+    assert!(taken_back >= 200, "{taken_back}");
+    assert_eq!(soon(scene.attacker.goaway_code()).await, Some(ENHANCE_YOUR_CALM));
+    scene.neighbour().await;
 }
 
 #[tokio::test]

@@ -1,8 +1,9 @@
 //! Receive windows within the budget of the node.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use culvert::hbone::{Config, Endpoint, ReceiveBudget};
+use culvert::hbone::{Config, Endpoint, PoolKey, ReceiveBudget};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::raw_h2::{Frame, INITIAL_WINDOW_SIZE, RawPeer, SETTINGS, WINDOW_UPDATE};
@@ -126,4 +127,57 @@ async fn a_spent_budget_leaves_every_tunnel_enough_to_work_and_peers_cannot_fill
     sent.unwrap();
     received.unwrap();
     assert!(got == bytes);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn windows_that_shrink_and_grow_under_load_lose_nothing() {
+    let realm = Realm::new();
+    let budget = 8 * MIB;
+    let endpoint = Arc::new(endpoint(budget));
+    let server = OurServer::start(realm.credential("server").await, endpoint.clone()).await.echo();
+    let client = Arc::new(OurClient::with(server.address, &realm, Endpoint::new(Config::default()), CountingDialer::default()).await);
+    let until = tokio::time::Instant::now() + Duration::from_millis(2500);
+    let tasks = (0..5_u8).map(|number| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            // One after the other, so that the first ones have all there is when the last ones come.
+            tokio::time::sleep(Duration::from_millis(150) * u32::from(number)).await;
+            let key = PoolKey { source_ip: [10, 0, 0, number].into(), ..client.key.clone() };
+            let mut application = client.open_with(&key).await.unwrap();
+            let (mut read, mut write) = application.socket.split();
+            let block: Vec<u8> = (0..256 << 10).map(|at: usize| u8::try_from((at + usize::from(number)) % 251).unwrap()).collect();
+            let send = async {
+                let mut blocks = 0;
+                while tokio::time::Instant::now() < until {
+                    write.write_all(&block).await.unwrap();
+                    blocks += 1;
+                }
+                write.shutdown().await.unwrap();
+                blocks
+            };
+            let receive = async {
+                let (mut got, mut blocks) = (vec![0; block.len()], 0);
+                while read.read_exact(&mut got).await.is_ok() {
+                    assert!(got == block);
+                    blocks += 1;
+                }
+                blocks
+            };
+            let (sent, received) = soon(async { tokio::join!(send, receive) }).await;
+            assert_eq!(sent, received);
+            assert!(sent > 0);
+        })
+    });
+    let watch = endpoint.clone();
+    let watcher = tokio::spawn(async move {
+        loop {
+            assert!(watch.budget.promised() <= budget);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    for task in futures_util::future::join_all(tasks).await {
+        task.unwrap();
+    }
+    assert!(!watcher.is_finished());
+    watcher.abort();
 }

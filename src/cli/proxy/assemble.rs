@@ -26,7 +26,7 @@ use crate::identity::{Credentials, LocalIssuer};
 use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
-use crate::proxy::{FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
+use crate::proxy::{ConnectionTable, FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
 use crate::telemetry::logging::{self, LogConfig, LogFormat, LogHandle};
 use crate::telemetry::{Telemetry, TelemetryConfig};
@@ -39,9 +39,14 @@ pub(super) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     let format = if settings.log_json { LogFormat::Json } else { LogFormat::Plain };
     let log = logging::init(LogConfig { format, filter: settings.log.clone(), ..LogConfig::default() }).context("RUST_LOG")?;
     let outcome = serve(settings, &log);
-    if let Err(error) = &outcome {
-        tracing::error!("{error:#}");
-    }
+    let outcome = match outcome {
+        // Said once: in the log, or on standard error when the log is off.
+        Err(error) if tracing::enabled!(tracing::Level::ERROR) => {
+            tracing::error!("{error:#}");
+            Ok(ExitCode::FAILURE)
+        }
+        outcome => outcome,
+    };
     log.flush(LOG_PATIENCE);
     outcome
 }
@@ -119,10 +124,10 @@ async fn wait_and_drain(settings: &Settings, trigger: DrainTrigger, quit: &Notif
     };
     supervisor.stop();
     tracing::info!(deadline = ?settings.drain, "draining, told by {reason}");
-    // The rooms keep the deadline themselves; the extra second lets them report what they cut.
+    // Pods keep the deadline themselves; the extra second lets them record what they cut.
     let drained = trigger.start(DrainMode::Graceful, settings.drain + std::time::Duration::from_secs(1));
     tokio::select! {
-        drained = drained => if drained { tracing::info!("drained") } else { tracing::warn!("connections were cut at the end of the drain") },
+        drained = drained => if drained { tracing::info!("drained") } else { tracing::warn!("not everything ended with the drain") },
         _ = interrupt.recv() => {
             tracing::warn!("interrupted again, ending at once");
             return Ok(ExitCode::from(130));
@@ -148,7 +153,7 @@ fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<C
 /// What is served.
 enum Pods {
     Many(PodsView),
-    One(LocalName, Arc<PodProxy>),
+    One(LocalName, Arc<ConnectionTable>),
 }
 
 impl Pods {
@@ -163,9 +168,9 @@ impl Pods {
     fn dump(&self) -> serde_json::Value {
         match self {
             Self::Many(view) => view.dump(),
-            Self::One(name, pod) => {
+            Self::One(name, connections) => {
                 let info = serde_json::json!({ "name": name.name, "namespace": name.namespace, "serviceAccount": name.service_account });
-                let state = serde_json::json!({ "state": "Up", "connections": pod.connections().dump(), "info": info });
+                let state = serde_json::json!({ "state": "Up", "connections": connections.dump(), "info": info });
                 serde_json::json!({ (name.name.to_string()): state })
             }
         }
@@ -175,6 +180,7 @@ impl Pods {
 /// Makes a [`PodProxy`] of each pod that the agent names.
 struct Runner {
     node: Arc<Node>,
+    process: DrainWatcher,
 }
 
 impl PodRunner for Runner {
@@ -182,12 +188,12 @@ impl PodRunner for Runner {
         let (trigger, drain) = drain::channel();
         let name = LocalName { name: pod.name.into(), namespace: pod.namespace.into(), service_account: pod.service_account.into() };
         let sockets = PodSockets::new(Some(listeners.netns.clone()), listeners.transparent, &self.node.config);
-        let proxy = start_pod(PodProxy::new(self.node.clone(), name, sockets), listeners, &drain);
+        let proxy = start_pod(PodProxy::new(self.node.clone(), name, sockets, self.process.clone()), listeners, &drain);
         RunningPod::new(trigger, Arc::new(move || proxy.dump()))
     }
 }
 
-fn start_pod(proxy: Arc<PodProxy>, listeners: PodListeners, drain: &DrainWatcher) -> Arc<crate::proxy::ConnectionTable> {
+fn start_pod(proxy: Arc<PodProxy>, listeners: PodListeners, drain: &DrainWatcher) -> Arc<ConnectionTable> {
     proxy.serve_outbound(listeners.outbound, drain.clone());
     proxy.serve_plaintext(listeners.plaintext, drain.clone());
     proxy.serve_hbone(listeners.hbone, drain.clone());
@@ -201,7 +207,7 @@ fn start_shared(
     (supervisor, readiness): (&Supervisor, &Readiness),
 ) -> PodsView {
     let token = readiness.register("workload proxy manager");
-    let (client, view) = pods::Client::new(settings.pods.clone(), Arc::new(Runner { node: node.clone() }));
+    let (client, view) = pods::Client::new(settings.pods.clone(), Arc::new(Runner { node: node.clone(), process: drain.clone() }));
     let mut ready = view.ready();
     data.spawn(async move {
         loop {
@@ -238,14 +244,27 @@ fn start_dedicated(
     node: &Arc<Node>,
     name: &LocalName,
     (data, drain): (&Handle, &DrainWatcher),
-) -> anyhow::Result<Arc<PodProxy>> {
+) -> anyhow::Result<Arc<ConnectionTable>> {
     let _runtime = data.enter();
     let own = sys::netns::NetNs::current()?;
     let listeners = pods::open_listeners(&own, &settings.pods)?;
     let sockets = PodSockets::new(None, listeners.transparent, &node.config);
-    let proxy = PodProxy::new(node.clone(), name.clone(), sockets);
-    start_pod(proxy.clone(), listeners, drain);
-    Ok(proxy)
+    let proxy = PodProxy::new(node.clone(), name.clone(), sockets, drain.clone());
+    Ok(start_pod(proxy, listeners, &drained_with_the_process(settings, drain)))
+}
+
+/// A watcher of a drain that begins with the process's and keeps the deadline; the process's own gives a second more, in which connections that
+/// were cut are recorded.
+fn drained_with_the_process(settings: &Settings, process: &DrainWatcher) -> DrainWatcher {
+    let (trigger, drain) = drain::channel();
+    let (deadline, mut process) = (settings.drain, process.clone());
+    tokio::spawn(async move {
+        let mode = process.signaled().await;
+        if !trigger.start(mode, deadline).await {
+            tracing::warn!(?deadline, "connections were cut at the end of the drain");
+        }
+    });
+    drain
 }
 
 fn start_own_tunnel(settings: &Settings, node: &Arc<Node>, name: LocalName, (data, drain): (&Handle, &DrainWatcher)) -> anyhow::Result<()> {
@@ -253,7 +272,7 @@ fn start_own_tunnel(settings: &Settings, node: &Arc<Node>, name: LocalName, (dat
     let address = sys::socket::wildcard(crate::hbone::PORT, settings.ipv6);
     let listener = sys::socket::listen_tcp(address, &options).context("the proxy's own HBONE listener")?;
     let _runtime = data.enter();
-    serve_own_tunnel(node, name, listener.socket, drain.clone())?;
+    serve_own_tunnel(node, name, listener.socket, (drained_with_the_process(settings, drain), drain.clone()))?;
     Ok(())
 }
 
@@ -262,15 +281,29 @@ type Dump = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 /// The page of `config_dump` (reference, dataplane §10.2).
 fn dump(settings: &Settings, mesh: &Mesh, credentials: &Credentials, pods: Pods) -> Dump {
     let (mesh, credentials, config) = (mesh.clone(), credentials.clone(), settings.dump.clone());
+    let version = version(&settings.istio_version);
     Arc::new(move || {
         let mut page = mesh.dump();
         if let Some(page) = page.as_object_mut() {
             page.insert("config".into(), config.clone());
-            page.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "cryptoProvider": "aws-lc" }));
+            page.insert("version".into(), version.clone());
             page.insert("certificates".into(), serde_json::json!(credentials.dump()));
             page.insert("workloadState".into(), pods.dump());
         }
         page
+    })
+}
+
+/// What was built, and how. Whoever builds a release sets the two variables that cargo does not know.
+fn version(istio: &str) -> serde_json::Value {
+    serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "gitRevision": option_env!("CULVERT_GIT_REVISION").unwrap_or("unknown"),
+        "rustVersion": option_env!("CULVERT_RUST_VERSION").unwrap_or("unknown"),
+        "buildProfile": if cfg!(debug_assertions) { "debug" } else { "release" },
+        "buildStatus": if option_env!("CULVERT_GIT_REVISION").is_some() { "Clean" } else { "unknown" },
+        "istioVersion": istio,
+        "cryptoProvider": "aws-lc",
     })
 }
 
