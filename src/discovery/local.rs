@@ -176,7 +176,8 @@ fn load_now(path: &Path, last: Reading) -> (Reading, Option<Result<Rows, Error>>
     // The fingerprint first: a change between the two reads then shows as one.
     let fingerprint = follow::fingerprint(path);
     let read = read_bounded(path);
-    let reading = Reading { fingerprint, content: Some(Content::of(&read)) };
+    // What could not be read was not seen, and is tried again although nobody touches it: this process may have been out of descriptors.
+    let reading = Reading { fingerprint: fingerprint.filter(|_| read.is_ok()), content: Some(Content::of(&read)) };
     if reading.content == last.content {
         return (reading, None);
     }

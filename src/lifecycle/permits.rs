@@ -1,8 +1,11 @@
 //! How many there may be at a time, in total and per key.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
 
 /// The limits of a [`Permits`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,31 +16,44 @@ pub struct PermitLimits {
     pub per_key: usize,
 }
 
-/// Counts what is held, in total and per key: unauthenticated connections per source address, pending dials per peer. It never
-/// waits; over the limit is refused. A key of which nothing is held is forgotten, so memory is bounded by the total.
+/// Counts what is held, in total and per key: unauthenticated connections per source address, pending dials per peer. Over the limit
+/// [`acquire`](Self::acquire) is refused and [`wait`](Self::wait) waits for its turn. A key of which nothing is held is forgotten, so
+/// memory is bounded by the total and by who waits.
 ///
 /// All clones are one.
 #[derive(Debug)]
-pub struct Permits<K>(Arc<Shared<K>>);
+pub struct Permits<K: Eq + Hash + Clone>(Arc<Shared<K>>);
 
 #[derive(Debug)]
-struct Shared<K> {
+struct Shared<K: Eq + Hash + Clone> {
     limits: PermitLimits,
     held: Mutex<Held<K>>,
 }
 
 #[derive(Debug)]
-struct Held<K> {
+struct Held<K: Eq + Hash + Clone> {
     total: usize,
-    per_key: HashMap<K, usize>,
+    per_key: HashMap<K, Share<K>>,
 }
 
-/// One of the permitted; gives its place back when dropped.
+/// What one key holds, and who waits for it to hold less, first come first served. Somebody waits only while all is held.
+#[derive(Debug)]
+struct Share<K: Eq + Hash + Clone> {
+    held: usize,
+    waiting: VecDeque<oneshot::Sender<Permit<K>>>,
+}
+
+/// Those who may wait for one key; whoever gave up does not count.
+const MOST_WAITING: usize = 4096;
+
+/// One of the permitted; gives its place back when dropped, to the first who waits for the same key.
 #[derive(Debug)]
 #[must_use = "a permit that is dropped permits nothing"]
-pub struct Permit<K: Eq + Hash> {
+pub struct Permit<K: Eq + Hash + Clone> {
     shared: Arc<Shared<K>>,
     key: K,
+    /// It was given to nobody, because nobody waits for it any more; its place is still taken.
+    void: bool,
 }
 
 /// Why there is no permit.
@@ -51,7 +67,7 @@ pub enum PermitRefused {
     PerKey(usize),
 }
 
-impl<K> Clone for Permits<K> {
+impl<K: Eq + Hash + Clone> Clone for Permits<K> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
@@ -66,18 +82,37 @@ impl<K: Eq + Hash + Clone> Permits<K> {
 
     /// Takes one for `key`, or says which limit is reached. The share of the key is looked at first, because it names a culprit.
     pub fn acquire(&self, key: K) -> Result<Permit<K>, PermitRefused> {
-        let limits = self.0.limits;
-        let mut held = self.0.held();
-        let of_key = held.per_key.get(&key).copied().unwrap_or(0);
-        if of_key >= limits.per_key {
-            return Err(PermitRefused::PerKey(limits.per_key));
+        self.0.acquire(&mut self.0.held(), key)
+    }
+
+    /// Takes one for `key`, as soon as its share is not used up any more. Those who wait get theirs in the order in which they came, and may
+    /// give up at any time.
+    ///
+    /// # Errors
+    /// When the total is used up, more than 4096 wait for the same key, or the turn has not come within `patience`.
+    pub async fn wait(&self, key: K, patience: Duration) -> Result<Permit<K>, PermitRefused> {
+        let turn = {
+            let mut held = self.0.held();
+            match self.0.acquire(&mut held, key.clone()) {
+                Err(PermitRefused::PerKey(limit)) => {
+                    let Some(share) = held.per_key.get_mut(&key) else { return Err(PermitRefused::PerKey(limit)) };
+                    if share.waiting.len() >= MOST_WAITING {
+                        share.waiting.retain(|waiting| !waiting.is_closed());
+                    }
+                    if share.waiting.len() >= MOST_WAITING {
+                        return Err(PermitRefused::PerKey(limit));
+                    }
+                    let (give, turn) = oneshot::channel();
+                    share.waiting.push_back(give);
+                    turn
+                }
+                outcome => return outcome,
+            }
+        };
+        match tokio::time::timeout(patience, turn).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(PermitRefused::PerKey(self.0.limits.per_key)),
         }
-        if held.total >= limits.total {
-            return Err(PermitRefused::Total(limits.total));
-        }
-        held.total += 1;
-        held.per_key.insert(key.clone(), of_key + 1);
-        Ok(Permit { shared: Arc::clone(&self.0), key })
     }
 
     /// How many are held in total.
@@ -93,27 +128,59 @@ impl<K: Eq + Hash + Clone> Permits<K> {
     }
 }
 
-impl<K> Shared<K> {
+impl<K: Eq + Hash + Clone> Shared<K> {
     fn held(&self) -> MutexGuard<'_, Held<K>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<K: Eq + Hash> Permit<K> {
+impl<K: Eq + Hash + Clone> Shared<K> {
+    fn acquire(self: &Arc<Self>, held: &mut Held<K>, key: K) -> Result<Permit<K>, PermitRefused> {
+        let of_key = held.per_key.get(&key).map_or(0, |share| share.held);
+        if of_key >= self.limits.per_key {
+            return Err(PermitRefused::PerKey(self.limits.per_key));
+        }
+        if held.total >= self.limits.total {
+            return Err(PermitRefused::Total(self.limits.total));
+        }
+        held.total += 1;
+        held.per_key.entry(key.clone()).or_insert_with(|| Share { held: 0, waiting: VecDeque::new() }).held += 1;
+        Ok(Permit { shared: Arc::clone(self), key, void: false })
+    }
+
+    /// Takes a place back, unless somebody waits for it.
+    fn next_waiting(&self, key: &K) -> Option<oneshot::Sender<Permit<K>>> {
+        let mut held = self.held();
+        let share = held.per_key.get_mut(key)?;
+        if let Some(next) = share.waiting.pop_front() {
+            return Some(next);
+        }
+        share.held = share.held.saturating_sub(1);
+        if share.held == 0 {
+            held.per_key.remove(key);
+        }
+        held.total = held.total.saturating_sub(1);
+        None
+    }
+}
+
+impl<K: Eq + Hash + Clone> Permit<K> {
     /// Whom it was given to.
     pub fn key(&self) -> &K {
         &self.key
     }
 }
 
-impl<K: Eq + Hash> Drop for Permit<K> {
+impl<K: Eq + Hash + Clone> Drop for Permit<K> {
     fn drop(&mut self) {
-        let mut held = self.shared.held();
-        held.total = held.total.saturating_sub(1);
-        let Some(of_key) = held.per_key.get_mut(&self.key) else { return };
-        *of_key = of_key.saturating_sub(1);
-        if *of_key == 0 {
-            held.per_key.remove(&self.key);
+        // The lock is not held while a permit is handed over: whoever does not want it any more drops it, which takes the lock.
+        while !self.void
+            && let Some(next) = self.shared.next_waiting(&self.key)
+        {
+            match next.send(Self { shared: Arc::clone(&self.shared), key: self.key.clone(), void: false }) {
+                Ok(()) => return,
+                Err(mut unwanted) => unwanted.void = true,
+            }
         }
     }
 }

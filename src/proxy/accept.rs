@@ -1,6 +1,6 @@
 //! The accept loop of one listener.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use tokio::net::{TcpListener, TcpStream};
 
@@ -40,9 +40,38 @@ pub(super) async fn accept_loop(listener: TcpListener, mut drain: DrainWatcher, 
     }
 }
 
+/// Whose share of a limit a client's connections count against. All of loopback is one source: any process in a pod has sixteen million
+/// addresses there, and could otherwise take the places of a whole node.
+pub(super) fn source_of(client: IpAddr) -> IpAddr {
+    let client = client.to_canonical();
+    if client.is_loopback() { Ipv4Addr::LOCALHOST.into() } else { client }
+}
+
 fn take_queued(listener: &TcpListener, on_connection: &mut impl FnMut(TcpStream, SocketAddr)) {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     while let std::task::Poll::Ready(Ok((socket, peer))) = listener.poll_accept(&mut context) {
         on_connection(socket, canonical_socket(peer));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_address_is_a_source_and_loopback_is_one() {
+        let source = |text: &str| source_of(text.parse().unwrap()).to_string();
+        for (client, counted) in [
+            ("10.0.0.1", "10.0.0.1"),
+            ("::ffff:10.0.0.1", "10.0.0.1"),
+            ("fd00::1", "fd00::1"),
+            ("127.0.0.1", "127.0.0.1"),
+            ("127.9.8.7", "127.0.0.1"),
+            ("::ffff:127.9.8.7", "127.0.0.1"),
+            ("::1", "127.0.0.1"),
+        ] {
+            assert_eq!(source(client), counted, "{client}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
+use super::accept::source_of;
 use super::connections::{LiveConnection, Protocol};
 use super::failed_dials::FailedDials;
 use super::pod::PodProxy;
@@ -52,7 +53,7 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
 
 async fn accept(pod: &PodProxy, socket: TcpStream, client: SocketAddr) -> Result<hbone::ServerTunnel, Error> {
     // Held until the peer has proven who it is, so that strangers cannot pile up handshakes.
-    let _permit = pod.node.unauthenticated.acquire(client.ip()).map_err(|refused| {
+    let _permit = pod.node.unauthenticated.acquire(source_of(client.ip())).map_err(|refused| {
         let _ = crate::sys::socket::reset_on_close(&socket);
         Error::Limit("connections that are not authenticated yet", refused)
     })?;
@@ -97,8 +98,9 @@ async fn carry(
     let dialing = &mut attempt.dialed;
     let establish = async {
         let cleared = routed.permit(pod).await?;
-        // One peer's dials must not take every descriptor of the node.
-        let _dial = pod.node.dials.acquire(peer.clone()).map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
+        // One peer's dials must not take every descriptor of the node; a burst waits for its turn.
+        let turn = pod.node.dials.wait(peer.clone(), pod.node.config.connect_timeout);
+        let _dial = turn.await.map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
         pod.node.failed_dials.check(peer, target).map_err(|refused| Error::Limit("dials for this peer that came to nothing", refused))?;
         *dialing = true;
         cleared.connect(&pod.sockets).await

@@ -375,25 +375,25 @@ fn two_thousand_idle_connections_cost_little_memory_and_no_cpu() {
     let listener = field.mesh.listen("victim", 9000);
     let memory = || field.proxies.map(|(_, proxy, _)| proxy.memory());
     let before = memory();
-    // Each says its number, so that the two ends find each other. In small groups: a peer may have 64 dials under way.
-    let target = field.victim(9000);
-    let attacker = field.mesh.netns(Place::Pod("attacker"));
-    let (mut clients, mut servers) = (Vec::new(), BTreeMap::new());
-    while clients.len() < COUNT {
-        let connect = |number: usize| {
-            let mut socket = TcpStream::connect_timeout(&target, PATIENCE).unwrap();
-            socket.write_all(&number.to_be_bytes()).unwrap();
-            socket
-        };
-        let first = clients.len();
-        clients.extend(attacker.run(|| (first..first + 50).map(connect).collect::<Vec<_>>()).unwrap());
-        while servers.len() < clients.len() {
+    // Each says its number, so that the two ends find each other.
+    let accept = thread::spawn(move || {
+        let accepted = (0..COUNT).map(|_| {
             let (mut socket, _) = listener.accept().unwrap();
             let mut number = [0; 8];
             socket.read_exact(&mut number).unwrap();
-            servers.insert(usize::from_be_bytes(number), socket);
-        }
-    }
+            (usize::from_be_bytes(number), socket)
+        });
+        accepted.collect::<BTreeMap<usize, TcpStream>>()
+    });
+    let target = field.victim(9000);
+    let connect = |number: usize| {
+        let mut socket = TcpStream::connect_timeout(&target, PATIENCE).unwrap();
+        socket.write_all(&number.to_be_bytes()).unwrap();
+        socket
+    };
+    let mut clients: Vec<TcpStream> = field.mesh.run_in(Place::Pod("attacker"), || (0..COUNT).map(connect).collect());
+    wait_until("all have reached the server", || accept.is_finished());
+    let mut servers = accept.join().unwrap();
     let during = memory();
     for (index, (node, proxy, idle)) in field.proxies.into_iter().enumerate() {
         let grown = during[index].saturating_sub(before[index]);
@@ -789,4 +789,23 @@ fn nothing_of_a_mesh_is_left_after_its_end_nor_after_the_death_of_its_supervisor
     // Removes the files.
     drop(mesh);
     assert!(!std::path::Path::new(&parts.directory).exists());
+}
+
+#[test]
+fn a_pod_cannot_take_the_places_of_the_node_by_many_addresses_of_its_own_loopback() {
+    let field = Field::up(&[("CULVERT_MAX_UNAUTHENTICATED", "16"), ("CULVERT_MAX_UNAUTHENTICATED_PER_SOURCE", "8")]);
+    let place = field.mesh.netns(Place::Pod("victim"));
+    let strangers = place.run(|| {
+        let connect = |number: u8| {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([127, 0, 0, number], 0)).into()).unwrap();
+            socket.connect(&SocketAddr::from(([127, 0, 0, 1], HBONE)).into()).map(|()| TcpStream::from(socket))
+        };
+        (2..40).map(connect).collect::<Vec<_>>()
+    });
+    for _ in 0..10 {
+        field.visit().unwrap();
+    }
+    strangers.unwrap().iter().flatten().for_each(|socket| _ = ends(socket));
+    field.recovered();
 }

@@ -303,6 +303,22 @@ services:
 }
 
 #[test]
+fn a_burst_of_connections_from_one_pod_is_served_to_the_last() {
+    const COUNT: usize = 400;
+    let _alone = alone();
+    let mesh = Mesh::up(TWO_PODS);
+    serve_echo(mesh.listen("server", 8080));
+    let target = SocketAddr::from((mesh.ip("server"), 8080));
+    // All are connected before the first of them says anything: many more than may be dialled at once.
+    let connect = |_| TcpStream::connect_timeout(&target, PATIENCE).unwrap();
+    let sockets: Vec<TcpStream> = mesh.run_in(Place::Pod("client"), || (0..COUNT).map(connect).collect());
+    for (number, mut socket) in sockets.into_iter().enumerate() {
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        echo_on(&mut socket, b"in the crowd").unwrap_or_else(|error| panic!("number {number}: {error}"));
+    }
+}
+
+#[test]
 fn two_thousand_short_connections_none_of_which_fails() {
     const EACH: usize = 500;
     let _alone = alone();
