@@ -53,7 +53,7 @@ impl Pod {
         let name = LocalName { name: "web".into(), namespace: "default".into(), service_account: "server".into() };
         let (listener, address) = listen().await;
         let (trigger, watcher) = drain::channel();
-        PodProxy::new(Arc::new(node), name, sockets).serve_hbone(listener, watcher);
+        PodProxy::new(Arc::new(node), name, sockets, watcher.clone()).serve_hbone(listener, watcher);
         Self { realm, address, _trigger: trigger }
     }
 }
