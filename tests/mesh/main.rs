@@ -6,6 +6,7 @@ mod caller;
 #[path = "../support/mesh.rs"]
 mod mesh;
 #[path = "../support/pki.rs"]
+#[allow(dead_code, unreachable_pub)]
 mod pki;
 
 mod abuse;

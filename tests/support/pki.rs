@@ -1,7 +1,5 @@
 //! Certificates of every kind, good and bad, made at run time.
 
-#![allow(dead_code, unreachable_pub)]
-
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;

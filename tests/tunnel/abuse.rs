@@ -94,7 +94,7 @@ async fn a_rapid_reset_ends_within_five_hundred_requests() {
 
 #[tokio::test]
 async fn requests_taken_back_that_nobody_looks_at_are_bounded() {
-    // Our tasks are slow: they notice nothing, and h2 has forgotten these streams.
+    // Our tasks are slow: they notice nothing.
     let mut scene = Scene::new().await;
     let mut unanswered = Vec::new();
     loop {
@@ -110,7 +110,7 @@ async fn requests_taken_back_that_nobody_looks_at_are_bounded() {
         let _ = scene.attacker.try_send_all(&[Frame::reset(stream, CANCEL)]).await;
         assert!(unanswered.len() <= 256 + 200 + 1);
     }
-    assert!(unanswered.len() >= 256 + 200);
+    assert!(unanswered.len() >= 200);
     scene.neighbour().await;
 }
 

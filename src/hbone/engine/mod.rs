@@ -5,6 +5,7 @@
 //! tables inside `h2` (HPACK, streams, settings) cannot be read out or set; and a stream's bytes would still wake two tasks. The stock stack stays
 //! in the tests as the oracle.
 
+mod clock;
 mod command;
 mod control;
 mod frame;

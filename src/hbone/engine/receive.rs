@@ -109,7 +109,7 @@ impl Tunnel {
                 self.close(Reason::NO_ERROR, Some(Error::Tunnel(error.to_string())));
             }
             Broken::Protocol(Reason::ENHANCE_YOUR_CALM) => {
-                let why = "too many control frames, resets, or headers: closed with ENHANCE_YOUR_CALM";
+                let why = "closed with ENHANCE_YOUR_CALM: too many control frames, headers, errors, or requests taken back";
                 self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Tunnel(why.into())));
             }
             Broken::Protocol(reason) => self.close(reason, Some(Error::Tunnel(format!("the peer broke the protocol: {reason}")))),

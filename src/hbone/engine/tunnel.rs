@@ -3,7 +3,6 @@
 //! writes them with one call.
 
 use std::collections::VecDeque;
-use std::future::Future as _;
 use std::io;
 use std::ops::Range;
 use std::pin::Pin;
@@ -16,6 +15,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::super::budget::Windows;
 use super::super::{Endpoint, Error};
+use super::clock::{LAST_CALL, Watch};
 use super::command::{Answered, Attach, Command};
 use super::control::{Frame, PeerSettings};
 use super::frame::{self, Reason, Walker};
@@ -29,8 +29,6 @@ use crate::forward::record::{Opener, Sealer};
 use crate::forward::slab::Slab;
 use crate::hbone::hpack::Decoder;
 
-/// The PING behind the first GOAWAY of a drain.
-const LAST_CALL: &[u8; 8] = b"lastcall";
 /// Turns of the loop before the task lets others run.
 const TURNS: usize = 16;
 
@@ -126,21 +124,10 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) released: bool,
     pub(super) goaway_received: bool,
     pub(super) failure: Option<Error>,
-    timer: Pin<Box<Sleep>>,
-    watch: Watch,
+    pub(super) timer: Pin<Box<Sleep>>,
+    pub(super) watch: Watch,
     ready: Vec<u32>,
     commands: VecDeque<Command>,
-}
-
-/// What the timer waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watch {
-    /// The peer's first SETTINGS.
-    Settings,
-    /// Time for the next PING.
-    Interval,
-    /// The answer to a PING.
-    Answer,
 }
 
 impl Tunnel {
@@ -429,12 +416,6 @@ impl Tunnel {
         }
     }
 
-    /// The peer's first SETTINGS have come.
-    pub(super) fn settled(&mut self) {
-        self.watch = Watch::Interval;
-        self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
-    }
-
     /// The end of the connection: says why, writes what it can, and lets go of every stream.
     pub(super) fn close(&mut self, reason: Reason, failure: Option<Error>) {
         if matches!(self.life, Life::Closing(_)) {
@@ -449,53 +430,6 @@ impl Tunnel {
         }
         self.waiting.clear();
         self.inbox.close();
-    }
-
-    /// Watches the clock; whether it did something.
-    fn watch_clock(&mut self, context: &mut Context<'_>) -> bool {
-        if self.timer.as_mut().poll(context).is_pending() {
-            return false;
-        }
-        let next = match self.watch {
-            _ if matches!(self.life, Life::Closing(_)) => {
-                // Nobody reads what is left.
-                self.output.range = 0..0;
-                self.control.clear();
-                return true;
-            }
-            Watch::Settings if self.side == Side::Client => {
-                self.close(Reason::PROTOCOL_ERROR, Some(Error::HandshakeDeadline(self.endpoint.config.handshake_deadline)));
-                return true;
-            }
-            Watch::Settings | Watch::Interval => {
-                frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
-                self.watch = Watch::Answer;
-                self.endpoint.config.ping_timeout
-            }
-            // Whoever sends something is alive.
-            Watch::Answer if self.heard.elapsed() < self.endpoint.config.ping_timeout => {
-                self.endpoint.config.ping_timeout.saturating_sub(self.heard.elapsed())
-            }
-            Watch::Answer => {
-                self.close(Reason::NO_ERROR, Some(Error::PingTimeout(self.endpoint.config.ping_timeout)));
-                return true;
-            }
-        };
-        self.timer.as_mut().reset(Instant::now() + next);
-        true
-    }
-
-    /// The peer answered a PING.
-    pub(super) fn answered_ping(&mut self, payload: &[u8]) {
-        if payload == LAST_CALL && self.life == (Life::Draining { last: None }) {
-            self.life = Life::Draining { last: Some(self.last_peer_id) };
-            self.goaway(self.last_peer_id, Reason::NO_ERROR);
-            return;
-        }
-        if self.watch == Watch::Answer {
-            self.watch = Watch::Interval;
-            self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
-        }
     }
 
     /// Whether nothing is left to do.
