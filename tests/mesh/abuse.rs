@@ -143,7 +143,7 @@ impl Field {
                 }
                 // Numbers and names differ from line to line.
                 let reason: String = line.split('\t').skip(3).collect::<Vec<_>>().join(" ");
-                let reason = reason.rsplit_once("error=").map_or(message.to_owned(), |(_, error)| error.to_owned());
+                let reason = reason.rsplit_once("error=").map_or_else(|| message.to_owned(), |(_, error)| error.to_owned());
                 *refusals.entry(reason.replace(|character: char| character.is_ascii_digit(), "")).or_default() += 1;
             }
             for (reason, lines) in refusals {
@@ -224,7 +224,7 @@ fn garbage_on_any_port_from_anywhere_ends_its_own_connection_and_nothing_else() 
                             let mut socket = field.mesh.connect(from, target).unwrap();
                             // The proxy may have had enough before the end.
                             let _ = socket.write_all(bytes);
-                            if number % 2 == 0 {
+                            if number.is_multiple_of(2) {
                                 let _ = socket.shutdown(Shutdown::Write);
                             }
                             socket
@@ -575,7 +575,7 @@ fn peers_that_vanish_during_any_step_leave_nothing_behind() {
     // Nobody listens, and nobody answers at all.
     let silent = SocketAddr::from(([10, 244, 2, 200], 8080));
     let leave = |socket: &TcpStream, number: usize| {
-        if number % 2 == 0 {
+        if number.is_multiple_of(2) {
             reset_on_close(socket).unwrap();
         }
     };

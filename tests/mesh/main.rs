@@ -1,10 +1,11 @@
 //! Meshes in network namespaces, with the real binary: what a user of a cluster would see.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation)]
 
 #[path = "../support/caller.rs"]
 mod caller;
 #[path = "../support/mesh.rs"]
 mod mesh;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
 #[path = "../support/pki.rs"]
 mod pki;
 
