@@ -5,6 +5,7 @@
 mod caller;
 #[path = "../support/mesh.rs"]
 mod mesh;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
 #[path = "../support/pki.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod pki;
