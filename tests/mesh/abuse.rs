@@ -221,15 +221,16 @@ fn garbage_on_any_port_from_anywhere_ends_its_own_connection_and_nothing_else() 
                     let field = &field;
                     scope.spawn(move || {
                         let throw = |(number, bytes): (usize, &&[u8])| {
-                            let mut socket = field.mesh.connect(from, target).unwrap();
+                            // A port of the proxy may be reset before the connect returns.
+                            let mut socket = field.mesh.connect(from, target).ok()?;
                             // The proxy may have had enough before the end.
                             let _ = socket.write_all(bytes);
                             if number.is_multiple_of(2) {
                                 let _ = socket.shutdown(Shutdown::Write);
                             }
-                            socket
+                            Some(socket)
                         };
-                        let sockets: Vec<TcpStream> = garbage.iter().enumerate().map(throw).collect();
+                        let sockets: Vec<TcpStream> = garbage.iter().enumerate().filter_map(throw).collect();
                         sockets.iter().for_each(|socket| _ = ends(socket));
                     });
                 }
@@ -603,7 +604,10 @@ fn peers_that_vanish_during_any_step_leave_nothing_behind() {
             });
             scope.spawn(|| {
                 for (number, target) in [field.victim(8080), field.victim(9), silent].into_iter().cycle().take(150).enumerate() {
-                    leave(&field.mesh.connect("attacker", target).unwrap(), number);
+                    // Nobody listens on one of them: a reset may come before the connect returns.
+                    if let Ok(socket) = field.mesh.connect("attacker", target) {
+                        leave(&socket, number);
+                    }
                 }
             });
         });

@@ -7,7 +7,6 @@ mod caller;
 mod mesh;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
 #[path = "../support/pki.rs"]
-#[allow(dead_code, unreachable_pub)]
 mod pki;
 
 mod abuse;
