@@ -1,13 +1,11 @@
 //! Bytes: moves them between two sockets and counts them. Knows nothing of mesh, identity or HTTP/2.
 //! It never decides who may talk to whom, and never holds a buffer for a connection that is idle.
-//! Main types: [`relay`], [`Ended`], [`Backlog`], [`ReadSize`].
+//! Main types: [`relay`], [`Ended`], [`ReadSize`], [`record`], [`slab`].
 
-mod backlog;
 mod buffer;
 pub mod record;
 mod relay;
 pub mod slab;
 
-pub use backlog::Backlog;
 pub use buffer::{MAX_READ, MIN_READ, ReadSize};
 pub use relay::{Ended, relay, socket_error};

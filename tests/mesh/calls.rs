@@ -319,8 +319,9 @@ pods:
         // It is the same the second time, and nothing was let through in between.
         assert!(mesh.call_fails(from, (mesh.ip(to), 8080)).is_err());
         // A refusal that comes after the client's half of the handshake is tried again on new tunnels, but not for ever.
-        crate::mesh::wait_until("both were refused", || refusals(&mesh, far, "destination", "handshake") >= 2.0);
-        assert!(refusals(&mesh, far, "destination", "handshake") <= 6.0);
+        wait_until("both were refused", || refusals(&mesh, far, "destination", "handshake") >= 2.0);
+        let refused = refusals(&mesh, far, "destination", "handshake");
+        assert!(refused <= 6.0, "{refused}");
     }
 }
 
