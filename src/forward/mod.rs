@@ -5,6 +5,7 @@
 mod backlog;
 mod buffer;
 mod relay;
+mod splice;
 
 pub use backlog::Backlog;
 pub use buffer::{MAX_READ, MIN_READ, ReadSize};
