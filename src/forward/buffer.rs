@@ -1,9 +1,17 @@
-//! How much to read at once.
+//! How much to read at once, and the buffers to read into: lent by a pool of each thread while there are bytes to hold, and only then.
+
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut};
 
 /// Smallest read, in bytes: one request or one small record.
 pub const MIN_READ: usize = 16 * 1024;
 /// Largest read, in bytes: beyond this a larger read no longer saves system calls worth having.
 pub const MAX_READ: usize = 256 * 1024;
+
+/// Buffers of one size that a thread keeps for the next reader, in bytes; what comes back beyond that is freed.
+const KEPT_BYTES: usize = 1024 * 1024;
+/// 16, 32, 64, 128 and 256 KiB.
+const SIZES: usize = (MAX_READ / MIN_READ).ilog2() as usize + 1;
 
 /// The size of the next read: doubles when a read filled it, halves when a read used less than a quarter, so that a connection that was
 /// once busy does not keep asking for large buffers.
@@ -33,6 +41,76 @@ impl ReadSize {
     }
 }
 
+/// A buffer on loan. Its bytes are whatever the last borrower left. Dropping it gives it to the pool of the thread that drops it.
+#[derive(Debug)]
+pub(super) struct Buffer(Vec<u8>);
+
+#[derive(Default)]
+struct Shelf {
+    idle: [Vec<Vec<u8>>; SIZES],
+    /// Loans made here minus loans returned here; negative when others' loans came back here.
+    lent: isize,
+}
+
+thread_local! {
+    static SHELF: RefCell<Shelf> = RefCell::default();
+}
+
+impl Buffer {
+    /// Borrows a buffer of `size`, which is rounded up to a power of two from [`MIN_READ`] to [`MAX_READ`].
+    pub(super) fn lend(size: usize) -> Self {
+        let size = size.clamp(MIN_READ, MAX_READ).next_power_of_two();
+        let idle = with_shelf(|shelf| {
+            shelf.lent += 1;
+            shelf.idle[place(size)].pop()
+        });
+        Self(idle.flatten().unwrap_or_else(|| vec![0; size]))
+    }
+
+    /// Buffers on loan from this thread's pool, for tests and for whoever looks for a leak: none while no byte is held.
+    #[cfg(test)]
+    pub(super) fn lent() -> isize {
+        with_shelf(|shelf| shelf.lent).unwrap_or_default()
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.0);
+        let size = buffer.len();
+        with_shelf(|shelf| {
+            shelf.lent -= 1;
+            let idle = &mut shelf.idle[place(size)];
+            if idle.len() < KEPT_BYTES / size {
+                idle.push(buffer);
+            }
+        });
+    }
+}
+
+fn place(size: usize) -> usize {
+    (size / MIN_READ).ilog2() as usize
+}
+
+/// `None` while the thread ends and its pool is gone.
+fn with_shelf<T>(act: impl FnOnce(&mut Shelf) -> T) -> Option<T> {
+    SHELF.try_with(|shelf| act(&mut shelf.borrow_mut())).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +128,24 @@ mod tests {
             size.learn(100);
         }
         assert_eq!(size.bytes(), MIN_READ);
+    }
+
+    #[test]
+    fn a_returned_buffer_is_lent_again() {
+        let mut first = Buffer::lend(1);
+        assert_eq!((first.len(), Buffer::lent()), (MIN_READ, 1));
+        first[0] = 7;
+        drop(first);
+        assert_eq!(Buffer::lent(), 0);
+        assert_eq!(Buffer::lend(MIN_READ)[0], 7);
+        assert_eq!(Buffer::lend(MIN_READ + 1).len(), 2 * MIN_READ);
+        assert_eq!(Buffer::lend(usize::MAX / 4).len(), MAX_READ);
+    }
+
+    #[test]
+    fn the_pool_of_a_thread_is_bounded() {
+        let many: Vec<Buffer> = (0..100).map(|_| Buffer::lend(MAX_READ)).collect();
+        drop(many);
+        assert_eq!(with_shelf(|shelf| shelf.idle[place(MAX_READ)].len()), Some(KEPT_BYTES / MAX_READ));
     }
 }

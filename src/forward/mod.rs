@@ -6,6 +6,7 @@ mod buffer;
 pub mod record;
 mod relay;
 pub mod slab;
+mod splice;
 
 pub use buffer::{MAX_READ, MIN_READ, ReadSize};
 pub use relay::{Ended, relay, socket_error};

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod schedules;
+
 use std::sync::Arc;
 use std::time::Duration;
 
