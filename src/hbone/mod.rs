@@ -22,7 +22,7 @@ pub use budget::ReceiveBudget;
 pub use dial::ClientTunnel;
 pub use pool::{Dialer, Pool, PoolKey};
 pub use request::{BadRequest, ConnectRequest, ConnectResponse, Refusal};
-pub use stream::{Role, TunnelStream};
+pub use stream::{Relaying, Role, TunnelStream};
 
 /// The port of HBONE on pods (reference, dataplane §1.1).
 pub const PORT: u16 = 15008;

@@ -4,8 +4,11 @@
 //! RST_STREAM(CANCEL). The reference takes a received RST_STREAM(CANCEL) for a clean end, which makes cut-off data look complete to the
 //! application; here only NO_ERROR does, and everything else resets the application's socket.
 
+use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -38,23 +41,36 @@ impl TunnelStream {
         Self { id, inbox, over: false, slot }
     }
 
-    /// Moves bytes between the stream and the application's socket until both directions have ended. Dropping the future resets the stream
-    /// with CANCEL, and the socket.
-    pub async fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Ended {
+    /// Gives the stream its application's socket. The tunnel's task moves bytes between them until both directions have ended, which the result
+    /// waits for. Dropping that resets the stream with CANCEL, and the socket.
+    pub fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Relaying {
         let (done, ended) = oneshot::channel();
         let attach = Box::new(Attach { id: self.id, socket, role, meter: meter.clone(), done, slot: self.slot.take() });
-        let gone = || Ended::Disconnected(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel is gone"));
         if let Err(command) = self.inbox.send(Command::Attach(attach)) {
             if let Command::Attach(attach) = command {
                 // The application must not take this for an end.
                 let _ = crate::sys::socket::reset_on_close(&attach.socket);
             }
             self.over = true;
-            return gone();
         }
-        let ended = ended.await.unwrap_or_else(|_| gone());
-        self.over = true;
-        ended
+        Relaying { stream: self, ended }
+    }
+}
+
+/// A stream whose bytes the tunnel's task moves.
+#[must_use = "dropping it resets the stream"]
+pub struct Relaying {
+    stream: TunnelStream,
+    ended: oneshot::Receiver<Ended>,
+}
+
+impl Future for Relaying {
+    type Output = Ended;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Ended> {
+        let ended = ready!(Pin::new(&mut self.ended).poll(context));
+        self.stream.over = true;
+        Poll::Ready(ended.unwrap_or_else(|_| Ended::Disconnected(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel is gone"))))
     }
 }
 

@@ -43,6 +43,18 @@ pub struct DrainWatcher {
     _alive: mpsc::Sender<()>,
 }
 
+/// A view of a drain that does not hold it up.
+#[derive(Debug, Clone)]
+pub struct DrainObserver(watch::Receiver<Option<DrainMode>>);
+
+impl DrainObserver {
+    /// Waits until there is no more time, as [`DrainWatcher::forced`] does.
+    pub async fn forced(&mut self) {
+        // The sender says Immediate before it goes, so that an error means the same.
+        let _ = self.0.wait_for(|mode| *mode == Some(DrainMode::Immediate)).await;
+    }
+}
+
 /// A trigger and the first watcher.
 pub fn channel() -> (DrainTrigger, DrainWatcher) {
     let (signal, receiver) = watch::channel(None);
@@ -68,6 +80,18 @@ impl DrainWatcher {
     /// Waits until there is no more time: an immediate drain, or the deadline of a graceful one.
     pub async fn forced(&mut self) {
         self.wait(|mode| mode == Some(DrainMode::Immediate)).await;
+    }
+
+    /// For who only wants to know.
+    #[must_use]
+    pub fn observer(&self) -> DrainObserver {
+        DrainObserver(self.signal.clone())
+    }
+
+    /// Whether there is no more time.
+    #[must_use]
+    pub fn is_forced(&self) -> bool {
+        self.mode() == Some(DrainMode::Immediate)
     }
 
     /// The drain that is on now, if any.

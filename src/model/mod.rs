@@ -19,4 +19,6 @@ pub use service::{
 pub use snapshot::{Located, Snapshot, SnapshotBuilder};
 pub use spiffe::{SpiffeError, SpiffeId};
 pub use text::Text;
-pub use workload::{ApplicationProtocol, ApplicationTunnel, HealthStatus, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind};
+pub use workload::{
+    ApplicationProtocol, ApplicationTunnel, HealthStatus, KnownIdentity, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind,
+};

@@ -1,14 +1,22 @@
 //! SPIFFE names of workloads, `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::Text;
 
 /// The identity of a workload. Made only by [`SpiffeId::new`] and parsing, which refuse everything that is not exactly the
 /// grammar of the reference (dataplane §2.1) within the character set of the SPIFFE standard (SPIFFE-ID §2).
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SpiffeId {
+///
+/// Every live connection holds some: one pointer, cloned by a reference count.
+#[derive(Clone)]
+pub struct SpiffeId(Arc<Parts>);
+
+struct Parts {
+    uri: Text,
     trust_domain: Text,
     namespace: Text,
     service_account: Text,
@@ -48,31 +56,65 @@ impl SpiffeId {
         if !segment_ok(service_account) {
             return refuse("the service account is not a path segment of letters, digits, '.', '-' or '_'");
         }
-        Ok(Self { trust_domain: trust_domain.into(), namespace: namespace.into(), service_account: service_account.into() })
+        let uri = format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}").into();
+        let (trust_domain, namespace, service_account) = (trust_domain.into(), namespace.into(), service_account.into());
+        Ok(Self(Arc::new(Parts { uri, trust_domain, namespace, service_account })))
+    }
+
+    /// The whole name.
+    #[must_use]
+    pub fn uri(&self) -> &Text {
+        &self.0.uri
     }
 
     /// The trust domain, such as `cluster.local`.
     #[must_use]
     pub fn trust_domain(&self) -> &Text {
-        &self.trust_domain
+        &self.0.trust_domain
     }
 
     /// The namespace.
     #[must_use]
     pub fn namespace(&self) -> &Text {
-        &self.namespace
+        &self.0.namespace
     }
 
     /// The service account.
     #[must_use]
     pub fn service_account(&self) -> &Text {
-        &self.service_account
+        &self.0.service_account
     }
 
     /// The name without its scheme, as policies write principals: `<td>/ns/<ns>/sa/<sa>`.
     #[must_use]
     pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        format!("{}/ns/{}/sa/{}", self.0.trust_domain, self.0.namespace, self.0.service_account)
+    }
+}
+
+impl PartialEq for SpiffeId {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.uri == other.0.uri
+    }
+}
+
+impl Eq for SpiffeId {}
+
+impl Hash for SpiffeId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.uri.hash(state);
+    }
+}
+
+impl PartialOrd for SpiffeId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for SpiffeId {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.uri.cmp(&other.0.uri)
     }
 }
 
@@ -94,7 +136,7 @@ impl FromStr for SpiffeId {
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        formatter.write_str(&self.0.uri)
     }
 }
 

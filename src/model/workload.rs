@@ -1,7 +1,8 @@
 //! Workloads as WDS describes them (reference, dataplane §5.1), in rows small enough for 100,000 of them.
 
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::service::{GatewayAddress, NamespacedHostname, PortMap};
 use super::{SpiffeError, SpiffeId, Text};
@@ -66,6 +67,8 @@ pub struct Profile {
     pub locality: Locality,
     /// Host-network workloads are never looked up by address.
     pub network_mode: NetworkMode,
+    /// The identity, once somebody has asked for it.
+    pub identity: KnownIdentity,
 }
 
 impl Default for Profile {
@@ -90,14 +93,47 @@ impl Default for Profile {
             application_tunnel: None,
             locality: Locality::default(),
             network_mode: NetworkMode::Standard,
+            identity: KnownIdentity::default(),
         }
+    }
+}
+
+/// A [`SpiffeId`] that follows from the other fields of a [`Profile`], made on first use and then shared by all connections. A copy begins anew,
+/// because its other fields may be changed.
+#[derive(Default)]
+pub struct KnownIdentity(OnceLock<Option<SpiffeId>>);
+
+impl Clone for KnownIdentity {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for KnownIdentity {
+    /// Adds nothing to the fields that it follows from.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for KnownIdentity {}
+
+impl Hash for KnownIdentity {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
+}
+
+impl std::fmt::Debug for KnownIdentity {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("KnownIdentity")
     }
 }
 
 impl Workload {
     /// The workload's SPIFFE identity, or why its parts do not make one.
     pub fn identity(&self) -> Result<SpiffeId, SpiffeError> {
-        SpiffeId::new(&self.profile.trust_domain, &self.profile.namespace, &self.profile.service_account)
+        let profile = &self.profile;
+        let make = || SpiffeId::new(&profile.trust_domain, &profile.namespace, &profile.service_account);
+        profile.identity.0.get_or_init(|| make().ok()).clone().map_or_else(make, Ok)
     }
 
     /// The port mapping of this workload for one service, if it backs it.

@@ -1,13 +1,13 @@
 //! The live connections of one pod, as `config_dump` shows them (reference, dataplane §10.2, `workloadState`).
 
-use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
 
 use serde_json::{Value, json};
 
-use crate::model::Text;
+use crate::model::Service;
 use crate::telemetry::Reporter;
 
 /// How the connection travels.
@@ -28,6 +28,24 @@ impl Protocol {
     }
 }
 
+/// What a client asked for.
+#[derive(Debug, Clone)]
+pub enum Asked {
+    /// An address, on outbound.
+    Address(SocketAddr),
+    /// A service, on inbound.
+    Service(Arc<Service>),
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(formatter),
+            Self::Service(service) => formatter.write_str(&service.hostname),
+        }
+    }
+}
+
 /// One live connection.
 #[derive(Debug, Clone)]
 pub struct LiveConnection {
@@ -35,50 +53,105 @@ pub struct LiveConnection {
     pub reporter: Reporter,
     /// The client.
     pub source: SocketAddr,
-    /// What the client asked for: an address on outbound, a service's name on inbound.
-    pub original: Option<Text>,
+    /// What the client asked for, where that is known.
+    pub original: Option<Asked>,
     /// Where it really goes.
     pub actual: SocketAddr,
     /// How.
     pub protocol: Protocol,
 }
 
-/// All live connections of one pod.
+/// All live connections of one pod: who they are, and how to make their tasks look around.
 #[derive(Default)]
 pub struct ConnectionTable {
-    next: AtomicU64,
-    live: Mutex<BTreeMap<u64, LiveConnection>>,
+    rows: Mutex<Rows>,
+}
+
+/// Places that are used again, so that a row costs no more than itself.
+#[derive(Default)]
+struct Rows {
+    places: Vec<Option<Row>>,
+    free: Vec<u32>,
+}
+
+struct Row {
+    connection: LiveConnection,
+    /// The task of the connection, once it waits.
+    waker: Option<Waker>,
 }
 
 /// Takes the connection out of the table when dropped.
 pub struct Registration {
     table: Arc<ConnectionTable>,
-    id: u64,
+    place: u32,
+}
+
+impl Registration {
+    /// The task of `context` is woken by the next [`ConnectionTable::wake_all`]. Look at what may have changed after this, not before.
+    pub(super) fn listen(&self, context: &Context<'_>) {
+        let mut rows = self.table.lock();
+        if let Some(Some(row)) = rows.places.get_mut(self.place as usize)
+            && !row.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker()))
+        {
+            row.waker = Some(context.waker().clone());
+        }
+    }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.table.lock().remove(&self.id);
+        let row = {
+            let mut rows = self.table.lock();
+            let row = rows.places.get_mut(self.place as usize).and_then(Option::take);
+            rows.free.push(self.place);
+            if rows.free.len() == rows.places.len() {
+                *rows = Rows::default();
+            }
+            row
+        };
+        drop(row);
     }
 }
 
 impl ConnectionTable {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, LiveConnection>> {
+    fn lock(&self) -> MutexGuard<'_, Rows> {
         // Nothing panics while it holds the lock; a poisoned table is still whole.
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lists a connection for as long as the result lives.
     pub fn register(self: &Arc<Self>, connection: LiveConnection) -> Registration {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.lock().insert(id, connection);
-        Registration { table: self.clone(), id }
+        let row = Some(Row { connection, waker: None });
+        let mut rows = self.lock();
+        let place = match rows.free.pop() {
+            Some(place) => {
+                if let Some(free) = rows.places.get_mut(place as usize) {
+                    *free = row;
+                }
+                place
+            }
+            None => {
+                rows.places.push(row);
+                u32::try_from(rows.places.len() - 1).unwrap_or(u32::MAX)
+            }
+        };
+        drop(rows);
+        Registration { table: self.clone(), place }
+    }
+
+    /// Makes the task of every connection look around: policy has changed, or time is up.
+    pub(super) fn wake_all(&self) {
+        let wakers: Vec<Waker> = self.lock().places.iter().flatten().filter_map(|row| row.waker.clone()).collect();
+        for waker in wakers {
+            waker.wake();
+        }
     }
 
     /// How many connections are live.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lock().len()
+        let rows = self.lock();
+        rows.places.len() - rows.free.len()
     }
 
     /// Whether none is.
@@ -90,14 +163,14 @@ impl ConnectionTable {
     /// The `connections` object of `config_dump`.
     #[must_use]
     pub fn dump(&self) -> Value {
-        let live: Vec<LiveConnection> = self.lock().values().cloned().collect();
+        let live: Vec<LiveConnection> = self.lock().places.iter().flatten().map(|row| row.connection.clone()).collect();
         let rows = |reporter| -> Vec<Value> {
             live.iter()
                 .filter(|connection| connection.reporter == reporter)
                 .map(|connection| {
                     json!({
                         "src": connection.source.to_string(),
-                        "originalDst": connection.original.as_deref(),
+                        "originalDst": connection.original.as_ref().map(ToString::to_string),
                         "actualDst": connection.actual.to_string(),
                         "protocol": connection.protocol.as_str(),
                     })
@@ -119,7 +192,7 @@ mod tests {
         let connection = LiveConnection {
             reporter: Reporter::Source,
             source: "10.0.0.1:1234".parse().unwrap(),
-            original: Some("10.0.0.2:80".into()),
+            original: Some(Asked::Address("10.0.0.2:80".parse().unwrap())),
             actual: "10.0.0.2:15008".parse().unwrap(),
             protocol: Protocol::Hbone,
         };
@@ -128,5 +201,6 @@ mod tests {
         assert_eq!(table.dump(), json!({ "inbound": [], "outbound": [row] }));
         drop(registration);
         assert!(table.is_empty());
+        assert_eq!(table.dump(), json!({ "inbound": [], "outbound": [] }));
     }
 }

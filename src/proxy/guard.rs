@@ -3,12 +3,16 @@
 //! (the reference re-checks only on policy changes, with the workload as it was when the connection began). A new connection is never decided
 //! about by an older world than the one that is published: it derives for itself if the pod's task has not come to it yet.
 
+use std::future::{Future, pending, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, timeout_at};
 
+use super::connections::ConnectionTable;
 use crate::discovery::{LocalName, Mesh, World};
 use crate::model::Workload;
 use crate::policy::{CompiledPolicy, Denial, DenialReason, Facts, Permitted};
@@ -25,6 +29,8 @@ struct Source {
     mesh: Mesh,
     name: LocalName,
     state: watch::Sender<State>,
+    /// Whoever has to look again when it changes.
+    connections: Arc<ConnectionTable>,
 }
 
 /// What one world says about the workload.
@@ -80,7 +86,7 @@ impl Source {
             state.applied.as_ref().map(|applied| applied.workload.clone())
         };
         let next = Applied::derive(&world, &self.name, last);
-        self.state.send_if_modified(|state| {
+        let changed = self.state.send_if_modified(|state| {
             // Somebody else may have been here with a later world.
             if state.epoch >= world.epoch {
                 return false;
@@ -90,15 +96,18 @@ impl Source {
             state.applied = next;
             changed
         });
+        if changed {
+            self.connections.wake_all();
+        }
     }
 }
 
 impl Guard {
-    /// Starts to derive the policy of the pod called `name`.
-    pub(super) fn derive(mesh: &Mesh, name: LocalName) -> (Self, Derivation) {
+    /// Starts to derive the policy of the pod called `name`, which binds `connections`.
+    pub(super) fn derive(mesh: &Mesh, name: LocalName, connections: Arc<ConnectionTable>) -> (Self, Derivation) {
         // Before the first look, so that no world falls between.
         let mut worlds = mesh.subscribe();
-        let guard = Self(Arc::new(Source { mesh: mesh.clone(), name, state: watch::Sender::new(State::default()) }));
+        let guard = Self(Arc::new(Source { mesh: mesh.clone(), name, state: watch::Sender::new(State::default()), connections }));
         guard.0.catch_up();
         let source = guard.0.clone();
         let task = tokio::spawn(async move {
@@ -129,40 +138,57 @@ impl Guard {
     }
 }
 
-/// Watches over one live connection.
+/// Watches over one live connection, whose task the pod's [`ConnectionTable`] wakes when policy has changed.
 pub(super) struct LiveGuard {
     watcher: watch::Receiver<State>,
     facts: Facts,
     /// A policy that is waited for, and until when.
-    doubt: Option<(Instant, Denial)>,
+    doubt: Option<Box<Doubt>>,
+}
+
+struct Doubt {
+    over: Pin<Box<Sleep>>,
+    denial: Denial,
 }
 
 impl LiveGuard {
-    /// Resolves when the connection is no longer permitted. May be dropped and asked again.
+    /// Resolves when the connection is no longer permitted: for one that is not in the table's care yet. May be dropped and asked again.
     pub(super) async fn denied(&mut self) -> Denial {
         loop {
-            let changed = match &self.doubt {
-                None => self.watcher.changed().await,
-                Some((deadline, denial)) => match timeout_at(*deadline, self.watcher.changed()).await {
-                    Ok(changed) => changed,
-                    Err(_) => return denial.clone(),
-                },
-            };
-            if changed.is_err() {
-                // The pod's proxy is going away, and its drain ends the connection.
-                std::future::pending::<()>().await;
-            }
-            let Some(applied) = self.watcher.borrow_and_update().applied.clone() else { continue };
-            self.doubt = match applied.policy.recheck(&self.facts) {
-                Ok(()) => None,
-                Err(denial) if !is_unknown(&denial) => return denial,
-                // A policy that went together with its workload is no reason to cut what it permitted.
-                Err(_) if !applied.present => None,
-                Err(denial) => {
-                    let deadline = self.doubt.take().map_or_else(|| Instant::now() + UNKNOWN_POLICY_WAIT, |(deadline, _)| deadline);
-                    Some((deadline, denial))
+            let mut change = self.watcher.clone();
+            tokio::select! {
+                biased;
+                denial = poll_fn(|context| self.poll_denied(context)) => return denial,
+                changed = change.changed() => if changed.is_err() {
+                    // The pod's proxy is going away, and its drain ends the connection.
+                    pending::<()>().await;
                 }
-            };
+            }
+        }
+    }
+
+    /// Ready when the connection is no longer permitted. Pending, the task of `context` is woken by the pod's [`ConnectionTable`], and at the end
+    /// of a doubt.
+    pub(super) fn poll_denied(&mut self, context: &mut Context<'_>) -> Poll<Denial> {
+        // An error means that the pod's proxy is going away, and its drain ends the connection.
+        if self.watcher.has_changed().unwrap_or(false) {
+            let applied = self.watcher.borrow_and_update().applied.clone();
+            if let Some(applied) = applied {
+                match applied.policy.recheck(&self.facts) {
+                    Ok(()) => self.doubt = None,
+                    Err(denial) if !is_unknown(&denial) => return Poll::Ready(denial),
+                    // A policy that went together with its workload is no reason to cut what it permitted.
+                    Err(_) if !applied.present => self.doubt = None,
+                    Err(denial) => {
+                        let over = self.doubt.take().map_or_else(|| Box::pin(sleep(UNKNOWN_POLICY_WAIT)), |doubt| doubt.over);
+                        self.doubt = Some(Box::new(Doubt { over, denial }));
+                    }
+                }
+            }
+        }
+        match &mut self.doubt {
+            Some(doubt) => doubt.over.as_mut().poll(context).map(|()| doubt.denial.clone()),
+            None => Poll::Pending,
         }
     }
 }

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 use super::accept::source_of;
-use super::connections::{LiveConnection, Protocol};
+use super::connections::{Asked, LiveConnection, Protocol};
 use super::failed_dials::FailedDials;
+use super::live::{Connection, Live, Opened};
 use super::pod::PodProxy;
 use super::route;
-use super::session::{Accepted, Client, Connected, Error, Identified, service_facts};
-use crate::hbone::{self, ConnectRequest, ConnectResponse, Incoming, Refusal};
+use super::session::{Accepted, Client, Connected, Error, Identified, Routed};
+use crate::hbone::{self, ConnectRequest, ConnectResponse, Incoming, Refusal, TunnelStream};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::{Authority, Baggage, SpiffeId, canonical_socket};
-use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter};
+use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
 
 /// The two ends of a tunnel.
 #[derive(Clone)]
@@ -64,34 +65,41 @@ async fn accept(pod: &PodProxy, socket: TcpStream, client: SocketAddr) -> Result
 }
 
 /// Serves one CONNECT.
-async fn request(pod: Arc<PodProxy>, tunnel: Tunnel, incoming: Incoming, mut drain: DrainWatcher) {
+fn request(pod: Arc<PodProxy>, tunnel: Tunnel, incoming: Incoming, drain: DrainWatcher) -> Connection {
+    Connection::new(begin(pod, tunnel, incoming, drain))
+}
+
+/// Establishes a connection, or answers and records why it cannot be.
+async fn begin(pod: Arc<PodProxy>, tunnel: Tunnel, incoming: Incoming, drain: DrainWatcher) -> Option<Live> {
     let (routed, asked) = match route_request(&pod, &tunnel, &incoming).await {
         Ok(decided) => decided,
         Err((refusal, error)) => {
             incoming.refuse(refusal);
-            return pod.refuse(Reporter::Destination, tunnel.client, Some(tunnel.local), &error);
+            pod.refuse(Reporter::Destination, tunnel.client, Some(tunnel.local), &error);
+            return None;
         }
     };
-    let record = pod.node.telemetry.opened(facts(&pod, &tunnel, &routed, &asked));
-    let live = LiveConnection {
+    let record = pod.node.telemetry.opened(facts(&pod, &tunnel, &routed, asked));
+    let listed = pod.connections.register(LiveConnection {
         reporter: Reporter::Destination,
         source: tunnel.client,
-        original: record.facts().service.as_ref().map(|service| service.hostname.clone()),
+        original: record.facts().service.clone().map(Asked::Service),
         actual: routed.target,
         protocol: Protocol::Hbone,
-    };
-    let _live = pod.connections.register(live);
-    let end = Box::pin(carry(&pod, incoming, (routed, &tunnel.peer), &record, &mut drain)).await;
-    record.close(end);
+    });
+    let mut opened = Opened { record, drain, pod, listed, _socket: None };
+    match connect(&mut opened, incoming, routed, &tunnel.peer).await {
+        Ok((connected, stream)) => Some(connected.flow(opened, Client::Tunnel(stream))),
+        Err(error) => {
+            opened.fail(&error);
+            None
+        }
+    }
 }
 
-async fn carry(
-    pod: &PodProxy,
-    mut incoming: Incoming,
-    (routed, peer): (super::session::Routed, &SpiffeId),
-    record: &OpenConnection,
-    drain: &mut DrainWatcher,
-) -> ConnectionEnd {
+/// Asks policy, dials the application, and answers.
+async fn connect(opened: &mut Opened, mut incoming: Incoming, routed: Routed, peer: &SpiffeId) -> Result<(Connected, TunnelStream), Error> {
+    let Opened { pod, drain, .. } = opened;
     let workload = routed.identified.workload.clone();
     let target = routed.target.ip();
     let mut attempt = DialAttempt { failed: &pod.node.failed_dials, peer, target, dialed: false };
@@ -108,7 +116,7 @@ async fn carry(
     let established: Result<Connected, Error> = tokio::select! {
         biased;
         () = drain.forced() => Err(Error::Drained),
-        established = Box::pin(establish) => established,
+        established = establish => established,
         () = incoming.abandoned() => Err(Error::Abandoned),
     };
     let connected = match established {
@@ -118,17 +126,13 @@ async fn carry(
                 Error::Rejected(_) | Error::Cut(_) => Refusal::Denied,
                 _ => Refusal::Unavailable,
             });
-            return error.end();
+            return Err(error);
         }
     };
     let response = ConnectResponse { baggage: pod.node.config.baggage.then(|| Baggage::of(&workload)) };
-    match incoming.accept(&response) {
-        Ok(stream) => {
-            attempt.succeeded();
-            connected.relay(Client::Tunnel(stream), &record.meter(), drain).await
-        }
-        Err(_) => Error::Abandoned.end(),
-    }
+    let stream = incoming.accept(&response).map_err(|_| Error::Abandoned)?;
+    attempt.succeeded();
+    Ok((connected, stream))
 }
 
 /// Counts a dial as come to nothing unless its request was answered with 200.
@@ -153,7 +157,7 @@ impl Drop for DialAttempt<'_> {
     }
 }
 
-async fn route_request(pod: &PodProxy, tunnel: &Tunnel, incoming: &Incoming) -> Result<(super::session::Routed, ConnectRequest), (Refusal, Error)> {
+async fn route_request<'a>(pod: &PodProxy, tunnel: &Tunnel, incoming: &'a Incoming) -> Result<(Routed, &'a ConnectRequest), (Refusal, Error)> {
     let asked = incoming.request().map_err(|error| (Refusal::BadRequest, Error::from(error.clone())))?;
     let workload = pod.local_workload().await.map_err(|error| (Refusal::Unavailable, error))?;
     let world = pod.node.mesh.current();
@@ -161,15 +165,16 @@ async fn route_request(pod: &PodProxy, tunnel: &Tunnel, incoming: &Incoming) -> 
     let validated = validated.map_err(|error| (Refusal::BadRequest, error.into()))?;
     let target = validated.resolve(&world.snapshot, &pod.node.config.route).map_err(|error| (Refusal::Unavailable, error.into()))?;
     let identified: Identified = Accepted { source: tunnel.client, destination: tunnel.local }.identified(Some(tunnel.peer.clone()), workload);
-    Ok((identified.routed(target), asked.clone()))
+    Ok((identified.routed(target), asked))
 }
 
-fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &super::session::Routed, asked: &ConnectRequest) -> ConnectionFacts {
+fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &Routed, asked: &ConnectRequest) -> ConnectionFacts {
     let world = pod.node.mesh.current();
     let config = &pod.node.config;
     // A request that says it comes from another network came through a gateway, whose address says nothing (reference, dataplane §4.7).
     let through_gateway = asked.forwarded_network.as_ref().is_some_and(|network| !network.eq_ignore_ascii_case(&config.route.network));
     let source = if through_gateway { None } else { world.snapshot.workload_by_address(&config.route.network, tunnel.client.ip()) };
+    let known = source.is_some();
     let workload = &routed.identified.workload;
     let named = asked.forwarded.as_deref().and_then(|value| route::inbound::forwarded_host(value.as_bytes()));
     let hint = named.or(match &asked.authority {
@@ -182,7 +187,8 @@ fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &super::session::Routed, asked
             address: tunnel.client,
             workload: source,
             identity: Some(tunnel.peer.clone()),
-            baggage: asked.baggage.clone().filter(|_| config.baggage),
+            // Nothing of it is used for a workload that we know.
+            baggage: asked.baggage.clone().filter(|_| config.baggage && !known).map(Box::new),
         },
         destination: PeerFacts {
             address: routed.identified.accepted.destination,
@@ -190,8 +196,8 @@ fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &super::session::Routed, asked
             identity: workload.identity().ok(),
             baggage: None,
         },
-        service: service_facts(route::inbound::intended_service(&world.snapshot, workload, hint, routed.target.port())),
-        hbone_target: Some(asked.authority.to_string()),
+        service: route::inbound::intended_service(&world.snapshot, workload, hint, routed.target.port()),
+        hbone_target: Some(asked.authority.clone()),
         mutual_tls: true,
     }
 }

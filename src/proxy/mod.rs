@@ -7,6 +7,7 @@ mod connections;
 mod failed_dials;
 mod guard;
 mod inbound;
+mod live;
 mod outbound;
 mod own_tunnel;
 mod plaintext;
@@ -20,7 +21,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use connections::{ConnectionTable, LiveConnection, Protocol};
+pub use connections::{Asked, ConnectionTable, LiveConnection, Protocol};
 pub use failed_dials::FailedDials;
 pub use own_tunnel::serve_own_tunnel;
 pub use pod::PodProxy;

@@ -5,25 +5,31 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
-use super::connections::{LiveConnection, Protocol};
+use super::connections::{Asked, LiveConnection, Protocol};
+use super::live::{Connection, Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::{self, Entry, Route};
-use super::session::{Error, closed, service_facts};
-use crate::forward::relay;
+use super::session::Error;
 use crate::hbone::{ConnectRequest, PoolKey, Role, TunnelStream};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::{Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
 use crate::sys::socket::{original_destination, reset_on_close};
-use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter, ResponseFlag};
+use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
 
 /// Serves one captured connection from accept to close.
-pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) {
-    let _open = pod.node.telemetry.socket_opened(Reporter::Source);
+pub(super) fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, drain: DrainWatcher) -> Connection {
+    Connection::new(begin(pod, socket, client, drain))
+}
+
+/// Establishes a connection, or records why it cannot be.
+async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) -> Option<Live> {
+    let socket_open = pod.node.telemetry.socket_opened(Reporter::Source);
     let target = match original_destination(&socket) {
         Ok(target) => target,
         Err(error) => {
             fail(&socket);
-            return pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error));
+            pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error));
+            return None;
         }
     };
     let decided = tokio::select! {
@@ -35,24 +41,40 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
         Ok(decided) => decided,
         Err(error) => {
             fail(&socket);
-            return pod.refuse(Reporter::Source, client, Some(target), &error);
+            pod.refuse(Reporter::Source, client, Some(target), &error);
+            return None;
         }
     };
-    let facts = facts(&source, client, &route);
-    let record = pod.node.telemetry.opened(facts);
-    let live = LiveConnection {
+    let record = pod.node.telemetry.opened(facts(&source, client, &route));
+    let listed = pod.connections.register(LiveConnection {
         reporter: Reporter::Source,
         source: client,
-        original: Some(target.to_string().into()),
+        original: Some(Asked::Address(target)),
         actual: next_hop(&route),
         protocol: if matches!(route, Route::Hbone { .. }) { Protocol::Hbone } else { Protocol::Tcp },
-    };
-    let _live = pod.connections.register(live);
-    let outcome = Box::pin(carry(&pod, socket, Journey { client, source, route }, (&record, &mut drain))).await;
-    record.close(match outcome {
-        Ok(()) => ConnectionEnd { flag: ResponseFlag::Ok, error: None, policy: None },
-        Err(error) => error.end(),
     });
+    let journey = Journey { client, source, route };
+    let established = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        established = establish(&pod, &journey) => established,
+    };
+    let opened = Opened { record, drain, pod, listed, _socket: Some(socket_open) };
+    match established {
+        Ok(upstream) => {
+            let meter = opened.record.meter();
+            let transfer = match upstream {
+                Upstream::Plain(upstream) => Transfer::plain(socket, upstream, meter),
+                Upstream::Tunnel(stream) => Transfer::Tunnel(stream.relay(socket, Role::Client, &meter)),
+            };
+            Some(Live::new(opened, transfer, None))
+        }
+        Err(error) => {
+            fail(&socket);
+            opened.fail(&error);
+            None
+        }
+    }
 }
 
 /// The address that is dialled.
@@ -90,27 +112,6 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
 enum Upstream {
     Plain(TcpStream),
     Tunnel(TunnelStream),
-}
-
-async fn carry(pod: &PodProxy, socket: TcpStream, journey: Journey, (record, drain): (&OpenConnection, &mut DrainWatcher)) -> Result<(), Error> {
-    let established = tokio::select! {
-        biased;
-        () = drain.forced() => Err(Error::Drained),
-        established = Box::pin(establish(pod, &journey)) => established,
-    };
-    let upstream = established.inspect_err(|_| fail(&socket))?;
-    let meter = record.meter();
-    let transfer = async {
-        match upstream {
-            Upstream::Plain(upstream) => relay(socket, upstream, &meter).await,
-            Upstream::Tunnel(stream) => stream.relay(socket, Role::Client, &meter).await,
-        }
-    };
-    tokio::select! {
-        biased;
-        () = drain.forced() => Err(Error::Drained),
-        ended = Box::pin(transfer) => closed(ended),
-    }
 }
 
 /// The application's connection was accepted before its destination was known: it must not take a failure for an empty answer.
@@ -152,7 +153,7 @@ fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> Connectio
     let (destination, hbone_target, mutual_tls) = match route {
         Route::Passthrough { .. } => (None, None, false),
         Route::Tcp { workload, .. } => (Some(workload.clone()), None, false),
-        Route::Hbone { workload, authority, .. } => (Some(workload.clone()), Some(authority.to_string()), true),
+        Route::Hbone { workload, authority, .. } => (Some(workload.clone()), Some(authority.clone()), true),
     };
     let identity = |workload: &Workload| -> Option<SpiffeId> { workload.identity().ok() };
     let destination_identity = destination.as_deref().and_then(identity);
@@ -160,7 +161,7 @@ fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> Connectio
         reporter: Reporter::Source,
         source: PeerFacts { address: client, workload: Some(source.clone()), identity: identity(source).filter(|_| mutual_tls), baggage: None },
         destination: PeerFacts { address: next_hop(route), workload: destination, identity: destination_identity, baggage: None },
-        service: service_facts(service(route).cloned()),
+        service: service(route).cloned(),
         hbone_target,
         mutual_tls,
     }

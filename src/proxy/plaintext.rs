@@ -6,17 +6,23 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 use super::connections::{LiveConnection, Protocol};
+use super::live::{Connection, Live, Opened};
 use super::pod::PodProxy;
 use super::route::{self, Entry};
-use super::session::{Accepted, Client, Error, Routed, service_facts};
+use super::session::{Accepted, Client, Error};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::Workload;
 use crate::sys::socket::{original_destination, reset_on_close};
-use crate::telemetry::{ConnectionEnd, ConnectionFacts, OpenConnection, PeerFacts, Reporter};
+use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
 
 /// Serves one captured connection from accept to close.
-pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) {
-    let _open = pod.node.telemetry.socket_opened(Reporter::Destination);
+pub(super) fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, drain: DrainWatcher) -> Connection {
+    Connection::new(begin(pod, socket, client, drain))
+}
+
+/// Establishes a connection, or records why it cannot be.
+async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) -> Option<Live> {
+    let socket_open = pod.node.telemetry.socket_opened(Reporter::Destination);
     let decided = tokio::select! {
         biased;
         () = drain.forced() => Err((None, Error::Drained)),
@@ -26,11 +32,34 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
         Ok(decided) => decided,
         Err((target, error)) => {
             close(&socket);
-            return pod.refuse(Reporter::Destination, client, target, &error);
+            pod.refuse(Reporter::Destination, client, target, &error);
+            return None;
         }
     };
+    let record = pod.node.telemetry.opened(facts(&pod, client, target, &workload));
+    let live = LiveConnection { reporter: Reporter::Destination, source: client, original: None, actual: target, protocol: Protocol::Tcp };
+    let listed = pod.connections.register(live);
+    let routed = Accepted { source: client, destination: target }.identified(None, workload).routed(target);
+    let connect = async { routed.permit(&pod).await?.connect(&pod.sockets).await };
+    let connected = tokio::select! {
+        biased;
+        () = drain.forced() => Err(Error::Drained),
+        connected = connect => connected,
+    };
+    let opened = Opened { record, drain, pod, listed, _socket: Some(socket_open) };
+    match connected {
+        Ok(connected) => Some(connected.flow(opened, Client::Plain(socket))),
+        Err(error) => {
+            close(&socket);
+            opened.fail(&error);
+            None
+        }
+    }
+}
+
+fn facts(pod: &PodProxy, client: SocketAddr, target: SocketAddr, workload: &Arc<Workload>) -> ConnectionFacts {
     let world = pod.node.mesh.current();
-    let facts = ConnectionFacts {
+    ConnectionFacts {
         reporter: Reporter::Destination,
         source: PeerFacts {
             address: client,
@@ -39,31 +68,9 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
             baggage: None,
         },
         destination: PeerFacts { address: target, workload: Some(workload.clone()), identity: workload.identity().ok(), baggage: None },
-        service: service_facts(route::inbound::intended_service(&world.snapshot, &workload, None, target.port())),
+        service: route::inbound::intended_service(&world.snapshot, workload, None, target.port()),
         hbone_target: None,
         mutual_tls: false,
-    };
-    let record = pod.node.telemetry.opened(facts);
-    let live = LiveConnection { reporter: Reporter::Destination, source: client, original: None, actual: target, protocol: Protocol::Tcp };
-    let _live = pod.connections.register(live);
-    let routed = Accepted { source: client, destination: target }.identified(None, workload).routed(target);
-    let end = Box::pin(carry(&pod, socket, routed, &record, &mut drain)).await;
-    record.close(end);
-}
-
-async fn carry(pod: &PodProxy, socket: TcpStream, routed: Routed, record: &OpenConnection, drain: &mut DrainWatcher) -> ConnectionEnd {
-    let connect = async { routed.permit(pod).await?.connect(&pod.sockets).await };
-    let connected = tokio::select! {
-        biased;
-        () = drain.forced() => Err(Error::Drained),
-        connected = connect => connected,
-    };
-    match connected {
-        Ok(connected) => connected.relay(Client::Plain(socket), &record.meter(), drain).await,
-        Err(error) => {
-            close(&socket);
-            error.end()
-        }
     }
 }
 

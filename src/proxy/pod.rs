@@ -35,9 +35,10 @@ impl PodProxy {
     /// its last connection has ended; its listeners are drained by watchers of their own.
     #[must_use]
     pub fn new(node: Arc<Node>, name: LocalName, sockets: PodSockets, process: DrainWatcher) -> Arc<Self> {
-        let (guard, derivation) = Guard::derive(&node.mesh, name.clone());
+        let connections = Arc::<ConnectionTable>::default();
+        let (guard, derivation) = Guard::derive(&node.mesh, name.clone(), connections.clone());
         let pool = Pool::new(node.hbone.clone(), Arc::new(sockets.clone()));
-        Arc::new(Self { node, name, sockets, pool, guard, connections: Arc::default(), _derivation: derivation, _process: process })
+        Arc::new(Self { node, name, sockets, pool, guard, connections, _derivation: derivation, _process: process })
     }
 
     /// The live connections, for `config_dump`.
@@ -94,6 +95,11 @@ impl PodProxy {
         drain: DrainWatcher,
         on_connection: impl Fn(tokio::net::TcpStream, SocketAddr, DrainWatcher) + Send + 'static,
     ) {
+        let (mut observer, connections) = (drain.observer(), self.connections.clone());
+        tokio::spawn(async move {
+            observer.forced().await;
+            connections.wake_all();
+        });
         let pod = self.clone();
         tokio::spawn(async move {
             let handed = drain.clone();

@@ -1,5 +1,5 @@
 //! The journey of a connection, `Accepted → Identified → Routed → Permitted → Connected → Relaying → Closed`, as types: each step takes the
-//! one before, and [`Connected::relay`] exists only for a journey that carries a [`Permitted`]. Forgetting the policy check does not compile.
+//! one before, and [`Connected::flow`] exists only for a journey that carries a [`Permitted`]. Forgetting the policy check does not compile.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,17 +9,17 @@ use tokio::net::TcpStream;
 use tracing::Level;
 
 use super::guard::LiveGuard;
+use super::live::{Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::RouteError;
 use super::sockets::PodSockets;
-use crate::forward::{Ended, relay};
+use crate::forward::Ended;
 use crate::hbone::{self, Role, TunnelStream};
 use crate::identity::IdentityError;
 use crate::lifecycle::PermitRefused;
-use crate::lifecycle::drain::DrainWatcher;
-use crate::model::{Service, SpiffeError, SpiffeId, Text, Workload};
+use crate::model::{SpiffeError, SpiffeId, Text, Workload};
 use crate::policy::{Action, Denial, DryRunMatch, Facts, Permitted};
-use crate::telemetry::{ConnectionEnd, Meter, RefusalReason, ResponseFlag, ServiceFacts};
+use crate::telemetry::{ConnectionEnd, RefusalReason, ResponseFlag};
 
 /// Why a connection was not served, or ended early. The wording is that of the reference (dataplane §10.5) where it has one.
 #[derive(Debug, thiserror::Error)]
@@ -233,31 +233,16 @@ pub(super) enum Client {
 }
 
 impl Connected {
-    /// Moves bytes until both ends are done, policy changes its mind, or a drain ends it.
-    pub(super) async fn relay(self, client: Client, meter: &Arc<Meter>, drain: &mut DrainWatcher) -> ConnectionEnd {
-        let Self { socket, permitted, mut guard } = self;
-        let transfer = async {
-            match client {
-                Client::Plain(client) => relay(client, socket, meter).await,
-                Client::Tunnel(stream) => stream.relay(socket, Role::Server, meter).await,
-            }
+    /// Lets the bytes flow.
+    pub(super) fn flow(self, opened: Opened, client: Client) -> Live {
+        let Self { socket, permitted, guard } = self;
+        let meter = opened.record.meter();
+        let transfer = match client {
+            Client::Plain(client) => Transfer::plain(client, socket, meter),
+            Client::Tunnel(stream) => Transfer::Tunnel(stream.relay(socket, Role::Server, &meter)),
         };
-        let end = tokio::select! {
-            biased;
-            denial = guard.denied() => Err(Error::Cut(denial)),
-            () = drain.forced() => Err(Error::Drained),
-            ended = Box::pin(transfer) => closed(ended),
-        };
-        match end {
-            Ok(()) => ConnectionEnd { flag: ResponseFlag::Ok, error: None, policy: permitted.policy().cloned() },
-            Err(error) => error.end(),
-        }
+        Live::new(opened, transfer, Some((permitted, guard)))
     }
-}
-
-/// A service as telemetry names it.
-pub(super) fn service_facts(service: Option<Arc<Service>>) -> Option<ServiceFacts> {
-    service.map(|service| ServiceFacts { hostname: service.hostname.clone(), namespace: service.namespace.clone(), name: service.name.clone() })
 }
 
 /// A peer that hangs up ends the connection but is no failure (reference, dataplane §2.6).

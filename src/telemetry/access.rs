@@ -12,7 +12,7 @@ use crate::model::Text;
 struct Shown<'a> {
     workload: Option<&'a str>,
     namespace: Option<&'a str>,
-    identity: Option<String>,
+    identity: Option<&'a str>,
     cluster: Option<&'a str>,
 }
 
@@ -23,7 +23,7 @@ fn known(text: &Text) -> Option<&str> {
 impl<'a> Shown<'a> {
     /// The pod's name, else its canonical service; identities only of mutual TLS.
     fn of(peer: &'a PeerFacts, mutual_tls: bool) -> Self {
-        let identity = peer.identity.as_ref().filter(|_| mutual_tls).map(ToString::to_string);
+        let identity = peer.identity.as_ref().filter(|_| mutual_tls).map(|identity| identity.uri().as_str());
         if let Some(workload) = &peer.workload {
             let profile = &workload.profile;
             let workload = known(&workload.name).or_else(|| known(&profile.canonical_name));

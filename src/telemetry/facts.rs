@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::model::{Baggage, SpiffeId, Text, Workload};
+use crate::model::{Authority, Baggage, Service, SpiffeId, Text, Workload};
 
 /// Which end of the connection this proxy stands at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,7 +87,7 @@ pub struct PeerFacts {
     /// The identity of its certificate (or our own, on the side of this proxy). Shown only when the connection is mutual TLS.
     pub identity: Option<SpiffeId>,
     /// What it says about itself.
-    pub baggage: Option<Baggage>,
+    pub baggage: Option<Box<Baggage>>,
 }
 
 impl PeerFacts {
@@ -98,18 +98,9 @@ impl PeerFacts {
     }
 }
 
-/// The service that the client asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServiceFacts {
-    /// Fully qualified host name.
-    pub hostname: Text,
-    /// Namespace.
-    pub namespace: Text,
-    /// Kubernetes name.
-    pub name: Text,
-}
-
 /// Everything that labels and access log need. Attribution rules: reference, dataplane §4.7 and §10.4.
+///
+/// Every live connection holds one, so it shares what it can and makes no text before somebody reads it.
 #[derive(Debug, Clone)]
 pub struct ConnectionFacts {
     /// Which end we are.
@@ -119,9 +110,9 @@ pub struct ConnectionFacts {
     /// The next hop.
     pub destination: PeerFacts,
     /// The service originally intended, if any.
-    pub service: Option<ServiceFacts>,
+    pub service: Option<Arc<Service>>,
     /// `:authority` of the tunnel; `None` without one.
-    pub hbone_target: Option<String>,
+    pub hbone_target: Option<Authority>,
     /// Whether both ends were authenticated by certificates.
     pub mutual_tls: bool,
 }

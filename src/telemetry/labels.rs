@@ -115,10 +115,10 @@ fn place(peer: &PeerFacts) -> [Value; 2] {
 impl Labels {
     pub(super) fn of(facts: &ConnectionFacts) -> Self {
         // A source is only who a certificate says; the destination of plain TCP is who it ought to be.
-        let source_principal = facts.source.identity.as_ref().filter(|_| facts.mutual_tls).map(|identity| Text::from(identity.to_string()));
+        let source_principal = facts.source.identity.as_ref().filter(|_| facts.mutual_tls).map(|identity| identity.uri().clone());
         let destination_identity = facts.destination.identity.clone();
         let destination_identity = destination_identity.or_else(|| facts.destination.workload.as_ref().and_then(|workload| workload.identity().ok()));
-        let destination_principal = destination_identity.map(|identity| Text::from(identity.to_string()));
+        let destination_principal = destination_identity.map(|identity| identity.uri().clone());
         let any_workload = facts.source.workload.is_some() || facts.destination.workload.is_some();
         let [source_region, source_zone] = place(&facts.source);
         let [destination_region, destination_zone] = place(&facts.destination);

@@ -23,7 +23,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 pub use connection::OpenConnection;
-pub use facts::{ConnectionEnd, ConnectionFacts, PeerFacts, Reporter, ResponseFlag, ServiceFacts};
+pub use facts::{ConnectionEnd, ConnectionFacts, PeerFacts, Reporter, ResponseFlag};
 pub(crate) use rate_limit::limited;
 pub use rate_limit::{RateLimit, report_suppressed};
 pub use refusal::{EarlyRefusal, RefusalReason};

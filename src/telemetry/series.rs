@@ -30,7 +30,6 @@ const RETIRE_EVERY: Duration = Duration::from_secs(10);
 
 /// Bytes of one connection. Both counters are written by whoever moves its bytes, and read by scrapes and the access log.
 #[derive(Debug, Default)]
-#[repr(align(64))]
 pub struct Meter {
     received: AtomicU64,
     sent: AtomicU64,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::logging::LogFormat;
 use super::logging::tests::lines;
 use super::*;
-use crate::model::{Baggage, HealthStatus, Locality, Profile, SpiffeId, Workload};
+use crate::model::{Authority, Baggage, HealthStatus, Locality, Profile, Service, SpiffeId, Workload};
 
 fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -52,8 +52,13 @@ fn outbound() -> ConnectionFacts {
             workload: Some(workload("web", "back")),
             ..PeerFacts::unknown(address("10.0.0.2:15008"))
         },
-        service: Some(ServiceFacts { hostname: "web.back.svc.cluster.local".into(), namespace: "back".into(), name: "web".into() }),
-        hbone_target: Some("10.0.0.2:80".into()),
+        service: Some(Arc::new(Service {
+            hostname: "web.back.svc.cluster.local".into(),
+            namespace: "back".into(),
+            name: "web".into(),
+            ..Service::default()
+        })),
+        hbone_target: Some(Authority::Address(address("10.0.0.2:80"))),
         mutual_tls: true,
     }
 }
@@ -125,7 +130,7 @@ fn an_unknown_pair_has_no_locality_labels_and_baggage_fills_a_side_that_we_do_no
     let mut facts = inbound_plaintext();
     facts.destination.workload = None;
     facts.source.baggage =
-        Baggage::parse(["k8s.cluster.name=c2,k8s.namespace.name=far,k8s.pod.name=p,service.name=s,service.version=v9,cloud.region=r"]);
+        Baggage::parse(["k8s.cluster.name=c2,k8s.namespace.name=far,k8s.pod.name=p,service.name=s,service.version=v9,cloud.region=r"]).map(Box::new);
     facts.mutual_tls = true;
     facts.source.identity = identity("a", "far");
     let _open = telemetry.opened(facts);
@@ -209,7 +214,7 @@ fn invented_names_cannot_take_more_than_the_series_budget() {
     let telemetry = Telemetry::new(TelemetryConfig { series_budget: 100, ..TelemetryConfig::default() });
     for number in 0..1000 {
         let mut facts = inbound_plaintext();
-        facts.source.baggage = Baggage::parse([format!("service.name=evil{number}")]);
+        facts.source.baggage = Baggage::parse([format!("service.name=evil{number}")]).map(Box::new);
         let open = telemetry.opened(facts);
         open.meter().received(1);
         open.close(ConnectionEnd { flag: ResponseFlag::Denied, error: None, policy: None });
@@ -229,7 +234,7 @@ fn long_names_cannot_take_more_than_the_page_budget() {
     let telemetry = Telemetry::new(TelemetryConfig { page_budget: 100_000, ..TelemetryConfig::default() });
     for number in 0..1000 {
         let mut facts = inbound_plaintext();
-        facts.source.baggage = Baggage::parse([format!("service.name={}{number},service.version={0}", "e".repeat(240))]);
+        facts.source.baggage = Baggage::parse([format!("service.name={}{number},service.version={0}", "e".repeat(240))]).map(Box::new);
         telemetry.opened(facts).close(ConnectionEnd::default());
     }
     let page = telemetry.metrics_page().unwrap();
@@ -241,7 +246,7 @@ fn label_sets_that_nobody_uses_make_room_when_the_budget_is_used_up() {
     let telemetry = Telemetry::new(TelemetryConfig { series_budget: 8, ..TelemetryConfig::default() });
     let named = |name: &str| {
         let mut facts = inbound_plaintext();
-        facts.source.baggage = Baggage::parse([format!("service.name={name}")]);
+        facts.source.baggage = Baggage::parse([format!("service.name={name}")]).map(Box::new);
         telemetry.opened(facts)
     };
     let kept = named("kept");
@@ -262,7 +267,7 @@ fn a_full_page_is_written_in_well_under_a_second() {
     for number in 0..3000 {
         let mut facts = outbound();
         facts.source.workload = None;
-        facts.source.baggage = Baggage::parse([format!("service.name=s{number}")]);
+        facts.source.baggage = Baggage::parse([format!("service.name=s{number}")]).map(Box::new);
         drop(telemetry.opened(facts));
     }
     let started = std::time::Instant::now();
@@ -355,9 +360,10 @@ fn json_access_log_lines_keep_dotted_names_flat() {
 #[test]
 fn a_hostile_peer_writes_one_line_whose_end_still_says_what_happened() {
     let mut facts = outbound();
-    facts.hbone_target = Some("\u{1b}]0;x\r\n".repeat(100_000));
+    facts.hbone_target = Some(Authority::Host("\u{1b}]0;x\r\n".repeat(100_000).into(), 80));
     facts.source.workload = None;
-    facts.source.baggage = Baggage::parse([format!("service.name=\"{0},k8s.namespace.name={0},k8s.cluster.name={0}", "\\".repeat(250))]);
+    facts.source.baggage =
+        Baggage::parse([format!("service.name=\"{0},k8s.namespace.name={0},k8s.cluster.name={0}", "\\".repeat(250))]).map(Box::new);
     for format in [LogFormat::Plain, LogFormat::Json] {
         let written = lines(format, "", |_| access::complete(&facts, (1, 2), Duration::ZERO, &ended(&"e\n".repeat(10_000))));
         let [line] = written.as_slice() else { panic!("{} lines", written.len()) };

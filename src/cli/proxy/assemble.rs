@@ -18,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::settings::{Mode, Settings};
+use super::workers::Workers;
 use crate::admin::{self, AdminSources, Readiness};
 use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh};
@@ -57,11 +58,11 @@ fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
         sys::netns::check_may_enter().context("shared mode enters the network namespaces of pods")?;
         settings.pods.mark.map_or(Ok(()), sys::socket::check_may_mark).context("shared mode marks its sockets")?;
     }
-    let data = tokio::runtime::Builder::new_multi_thread().worker_threads(settings.workers).thread_name("culvert-data").enable_all().build()?;
+    let data = Workers::start(settings.workers)?;
     let desk = tokio::runtime::Builder::new_current_thread().thread_name("culvert-desk").enable_all().build()?;
     tracing::info!(mode = ?settings.mode, node = settings.node_name, workers = settings.workers, nofile, "culvert {} starts", env!("CARGO_PKG_VERSION"));
     let outcome = desk.block_on(Box::pin(live(settings, log.clone(), data.handle())));
-    data.shutdown_background();
+    data.stop();
     outcome
 }
 

@@ -2,6 +2,7 @@
 
 mod assemble;
 mod settings;
+mod workers;
 
 pub(super) use settings::Args;
 

@@ -87,6 +87,7 @@ fn profile() -> impl Strategy<Value = Profile> {
             application_tunnel,
             locality: Locality { region: place[0].clone(), zone: place[1].clone(), subzone: place[2].clone() },
             network_mode: if host { NetworkMode::HostNetwork } else { NetworkMode::Standard },
+            ..Profile::default()
         }
     })
 }

@@ -289,6 +289,7 @@ impl WorkloadForm {
                 .map(|tunnel| ApplicationTunnel { protocol: tunnel.protocol.0, port: tunnel.port.map(|port| port.0.0) }),
             locality: Locality { region: self.locality.region, zone: self.locality.zone, subzone: self.locality.subzone },
             network_mode: self.network_mode.0,
+            ..defaults
         };
         check_identity(&profile)?;
         Ok(Workload {

@@ -49,7 +49,7 @@ fn facts() -> Facts {
 fn guarded(edits: impl IntoIterator<Item = Edit>) -> (Publisher, Guard, Derivation) {
     let (mut publisher, mesh) = Publisher::new(None);
     publisher.publish(edits);
-    let (guard, derivation) = Guard::derive(&mesh, name());
+    let (guard, derivation) = Guard::derive(&mesh, name(), Arc::default());
     (publisher, guard, derivation)
 }
 
@@ -130,7 +130,7 @@ async fn a_policy_not_yet_known_denies_after_a_second_and_is_followed_when_it_co
         publisher.publish([Edit::RemovePolicy("shop/no".into())]);
         let began = Instant::now();
         let arrival = async {
-            tokio::time::sleep(UNKNOWN_POLICY_WAIT / 2).await;
+            sleep(UNKNOWN_POLICY_WAIT / 2).await;
             publisher.publish([everybody("no", Scope::WorkloadSelector, action)]);
         };
         let (decision, ()) = tokio::join!(guard.permit(facts()), arrival);
@@ -198,7 +198,7 @@ async fn a_workload_that_nobody_knows_is_waited_for_a_second() {
     assert!(guard.permit(facts()).await.is_none());
     assert_eq!(began.elapsed(), UNKNOWN_POLICY_WAIT);
     let arrival = async {
-        tokio::time::sleep(UNKNOWN_POLICY_WAIT / 2).await;
+        sleep(UNKNOWN_POLICY_WAIT / 2).await;
         publisher.publish([workload(&[])]);
     };
     let (decision, ()) = tokio::join!(guard.permit(facts()), arrival);
