@@ -121,7 +121,9 @@ enum Command {
     },
     /// Serves the load of a bench on a port.
     #[command(hide = true)]
-    ServeLoad { port: u16 },
+    ServeLoad {
+        port: u16,
+    },
     /// Gets an http:// address.
     #[command(hide = true)]
     Get {
@@ -139,7 +141,9 @@ enum Command {
     },
     /// Looks at the packets of this namespace until standard input ends.
     #[command(hide = true)]
-    Look { markers: Vec<String> },
+    Look {
+        markers: Vec<String>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

@@ -116,11 +116,7 @@ impl Args {
     }
 
     fn write(&self, report: &Report) -> anyhow::Result<()> {
-        let text = [
-            (&self.json, format!("{:#}\n", report.json())),
-            (&self.svg, report.svg()),
-            (&self.markdown, report.markdown()),
-        ];
+        let text = [(&self.json, format!("{:#}\n", report.json())), (&self.svg, report.svg()), (&self.markdown, report.markdown())];
         for (file, text) in text.iter().filter_map(|(file, text)| file.as_ref().map(|file| (file, text))) {
             std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
         }

@@ -23,7 +23,10 @@ pub enum Figure {
     /// New connections with one request each, 16 at once.
     Connections,
     /// Requests beside one bulk stream.
-    Beside,
+    Beside {
+        /// The stream keeps to 2 Gbit/s, so that nobody waits for a CPU: what is left is waiting inside the proxies.
+        paced: bool,
+    },
     /// Bytes to a destination that the mesh does not know: one proxy, no tunnel.
     PassthroughBulk {
         /// To the server, or from it.
@@ -91,7 +94,7 @@ impl Quantity {
 
 impl Figure {
     /// All, in the order in which they are taken.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Bulk { streams: 1, up: true },
         Self::Bulk { streams: 1, up: false },
         Self::Bulk { streams: 4, up: true },
@@ -101,7 +104,8 @@ impl Figure {
         Self::Requests { connections: 1 },
         Self::Requests { connections: 32 },
         Self::Connections,
-        Self::Beside,
+        Self::Beside { paced: false },
+        Self::Beside { paced: true },
         Self::PassthroughBulk { up: true },
         Self::PassthroughBulk { up: false },
         Self::PassthroughRequests,
@@ -118,7 +122,7 @@ impl Figure {
             Self::Bulk { streams, up } => format!("bulk-{streams}-{}", way(up)),
             Self::Requests { connections } => format!("requests-{connections}"),
             Self::Connections => "connections".to_owned(),
-            Self::Beside => "requests-beside-bulk".to_owned(),
+            Self::Beside { paced } => format!("requests-beside-{}bulk", if paced { "paced-" } else { "" }),
             Self::PassthroughBulk { up } => format!("passthrough-bulk-{}", way(up)),
             Self::PassthroughRequests => "passthrough-requests".to_owned(),
             Self::MemoryStreams => "memory-streams".to_owned(),
@@ -135,7 +139,8 @@ impl Figure {
             Self::Bulk { streams, up } => format!("bulk, {}, {}", many(streams, "stream"), way(up)),
             Self::Requests { connections } => format!("requests of 1 KiB and answers of 1 KiB, {}", many(connections, "connection")),
             Self::Connections => "new connections with one request of 1 KiB each, 16 at once".to_owned(),
-            Self::Beside => "requests of 1 KiB on 1 connection beside 1 bulk stream, client → server".to_owned(),
+            Self::Beside { paced: false } => "requests of 1 KiB, 1 connection, beside 1 bulk stream client → server as fast as it goes".to_owned(),
+            Self::Beside { paced: true } => "requests of 1 KiB, 1 connection, beside 1 bulk stream client → server of 2 Gbit/s".to_owned(),
             Self::PassthroughBulk { up } => format!("passthrough (one hop, no tunnel): bulk, 1 stream, {}", way(up)),
             Self::PassthroughRequests => "passthrough (one hop, no tunnel): requests of 1 KiB, 1 connection".to_owned(),
             Self::MemoryStreams => "memory per idle stream, after one request, and after 1 MiB was moved each way".to_owned(),

@@ -161,7 +161,8 @@ mod tests {
 
     #[test]
     fn a_thread_that_began_in_between_counts_in_full_and_one_that_ended_not_at_all() {
-        let reading = |threads: &[(u64, u64)]| Reading { threads: threads.iter().map(|(id, time)| ((1, *id), *time)).collect(), ..Reading::default() };
+        let reading =
+            |threads: &[(u64, u64)]| Reading { threads: threads.iter().map(|(id, time)| ((1, *id), *time)).collect(), ..Reading::default() };
         let before = reading(&[(1, 1_000_000_000), (2, 5_000_000_000)]);
         let after = reading(&[(1, 1_500_000_000), (3, 250_000_000)]);
         assert_eq!(after.since(&before).seconds, 0.75);

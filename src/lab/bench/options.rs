@@ -107,8 +107,18 @@ impl Words {
     }
 }
 
+impl std::fmt::Display for Words {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let env = self.env.iter().map(|(name, value)| format!("{name}={value}"));
+        let words: Vec<String> = env.chain(self.arguments.iter().cloned()).collect();
+        to.write_str(&words.join(" "))
+    }
+}
+
 fn is_variable(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') && !name.starts_with(|first: char| first.is_ascii_digit())
+    !name.is_empty()
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && !name.starts_with(|first: char| first.is_ascii_digit())
 }
 
 fn split(line: &str) -> Result<Vec<String>, String> {

@@ -11,10 +11,10 @@ use std::time::Duration;
 use super::message::Message;
 use super::options::Options;
 use super::report::{Machine, Report};
+use crate::lab::Error;
 use crate::lab::directory::{Base, Directory};
 use crate::lab::handle::Lab;
 use crate::lab::pod::last_lines;
-use crate::lab::Error;
 
 /// What is told while a bench runs.
 #[derive(Debug, Clone, Copy)]

@@ -197,8 +197,10 @@ impl Stand {
         let program = options.floor.as_ref().ok_or_else(|| Error::State("a floor takes part, but there is no program of floors".to_owned()))?;
         let to_sink = ["--to", "0.0.0.0:15008"];
         let to_server = format!("0.0.0.0:{PORT}");
-        let source: Vec<&str> =
-            ["source", "--listen", "0.0.0.0:15001", "--original-destination"].into_iter().chain(to_sink.into_iter().filter(|_| floor != Floor::C1)).collect();
+        let source: Vec<&str> = ["source", "--listen", "0.0.0.0:15001", "--original-destination"]
+            .into_iter()
+            .chain(to_sink.into_iter().filter(|_| floor != Floor::C1))
+            .collect();
         let sink = vec!["sink", "--listen", "0.0.0.0:15008", "--to", to_server.as_str()];
         let both = [("client", source, 15001), ("server", sink, 15008)];
         let hops = if floor == Floor::C1 { 1 } else { 2 };
@@ -294,7 +296,10 @@ async fn wait_until_listening(side: &Side, netns: &NetNs, port: u16) -> Result<(
             return Ok(());
         }
         if side.task.ended().is_some() || Instant::now() > deadline {
-            return Err(Error::Failed { what: format!("{} does not listen on port {port} ({})", side.whose, side.task.state()), cause: last_lines(&side.log) });
+            return Err(Error::Failed {
+                what: format!("{} does not listen on port {port} ({})", side.whose, side.task.state()),
+                cause: last_lines(&side.log),
+            });
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

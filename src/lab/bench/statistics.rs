@@ -84,9 +84,11 @@ mod tests {
     fn slow_median(values: &[f64]) -> f64 {
         let half = values.len() as f64 / 2.0;
         let central = |limit: f64| {
-            values.iter().filter(|value| **value <= limit).count() as f64 >= half && values.iter().filter(|value| **value >= limit).count() as f64 >= half
+            values.iter().filter(|value| **value <= limit).count() as f64 >= half
+                && values.iter().filter(|value| **value >= limit).count() as f64 >= half
         };
-        let (low, high) = values.iter().filter(|value| central(**value)).fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(*value), high.max(*value)));
+        let (low, high) =
+            values.iter().filter(|value| central(**value)).fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(*value), high.max(*value)));
         (low + high) / 2.0
     }
 

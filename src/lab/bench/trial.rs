@@ -14,6 +14,8 @@ use super::stand::Stand;
 const AFTERWARDS: Duration = Duration::from_secs(1);
 /// A bulk stream is under way once it has sent this much.
 const UNDER_WAY: u64 = 4 << 20;
+/// What a paced stream keeps to, bytes per second: 2 Gbit/s, far below what two CPUs carry.
+const PACE: u64 = 250_000_000;
 /// Decimal gigabyte.
 const GB: f64 = 1e9;
 
@@ -34,12 +36,12 @@ impl Sample {
 /// Takes a figure once; not one of memory. The sentence says why it could not be taken.
 pub(super) async fn take(figure: Figure, stand: &Stand, lasts: Duration) -> Result<Sample, String> {
     let sample = match figure {
-        Figure::Bulk { streams, up } => bulk(stand, stand.server, Job::Bulk { streams: streams.into(), up, lasts }).await,
-        Figure::PassthroughBulk { up } => bulk(stand, stand.outside, Job::Bulk { streams: 1, up, lasts }).await,
+        Figure::Bulk { streams, up } => bulk(stand, stand.server, Job::Bulk { streams: streams.into(), up, pace: None, lasts }).await,
+        Figure::PassthroughBulk { up } => bulk(stand, stand.outside, Job::Bulk { streams: 1, up, pace: None, lasts }).await,
         Figure::Requests { connections } => requests(stand, stand.server, Job::Requests { connections: connections.into(), lasts }).await,
         Figure::PassthroughRequests => requests(stand, stand.outside, Job::Requests { connections: 1, lasts }).await,
         Figure::Connections => requests(stand, stand.server, Job::Connections { at_once: 16, lasts }).await,
-        Figure::Beside => beside(stand, lasts).await,
+        Figure::Beside { paced } => beside(stand, lasts, paced.then_some(PACE)).await,
         Figure::MemoryStreams | Figure::MemoryMoved | Figure::MemoryTunnels => Err("it is not taken in trials".to_owned()),
     };
     // Why the connections failed is then a consequence.
@@ -92,11 +94,12 @@ async fn requests(stand: &Stand, server: SocketAddr, job: Job) -> Result<Sample,
 }
 
 /// Requests alone, then the same requests while a bulk stream goes on.
-async fn beside(stand: &Stand, lasts: Duration) -> Result<Sample, String> {
+async fn beside(stand: &Stand, lasts: Duration, pace: Option<u64>) -> Result<Sample, String> {
     let job = Job::Requests { connections: 1, lasts };
     let before = Reading::now(&[])?;
     let mut alone = run(&stand.client, stand.server, job, Arc::default()).await?;
     let watch = Arc::new(Watch::default());
+    let stream = Job::Bulk { streams: 1, up: true, pace, lasts: lasts * 10 + AFTERWARDS * 10 };
     let (with, stream) = tokio::join!(
         async {
             let outcome = match under_way(&watch).await {
@@ -106,7 +109,7 @@ async fn beside(stand: &Stand, lasts: Duration) -> Result<Sample, String> {
             watch.stop.store(true, Ordering::Relaxed);
             outcome
         },
-        run(&stand.client, stand.server, Job::Bulk { streams: 1, up: true, lasts: lasts * 10 + AFTERWARDS * 10 }, Arc::clone(&watch)),
+        run(&stand.client, stand.server, stream, Arc::clone(&watch)),
     );
     let stream = stream.map_err(|sentence| format!("the bulk stream: {sentence}"))?;
     let mut with = with?;

@@ -1,18 +1,25 @@
 //! Bytes in bulk, one way: the sending and the receiving end, used by client and server alike.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{CHUNK, PERIOD, pattern_at, wrong};
 
-/// Writes the pattern until `go_on` says no; it is told how many bytes are written so far. Returns how many there were.
-pub(super) async fn send(stream: &mut TcpStream, mut go_on: impl FnMut(u64) -> bool) -> io::Result<u64> {
-    let mut sent = 0;
+/// Writes the pattern until `go_on` says no; it is told how many bytes are written so far. Returns how many there were. With a pace (bytes per
+/// second) it waits when it is ahead, at the grain of tokio's timer: a burst each millisecond.
+pub(super) async fn send(stream: &mut TcpStream, pace: Option<u64>, mut go_on: impl FnMut(u64) -> bool) -> io::Result<u64> {
+    let (mut sent, start) = (0, Instant::now());
     while go_on(sent) {
         sent += stream.write(pattern_at(sent)).await? as u64;
+        if let Some(pace) = pace {
+            let due = start + Duration::from_micros(sent.saturating_mul(1_000_000) / pace.max(1));
+            if due > Instant::now() {
+                tokio::time::sleep_until(due.into()).await;
+            }
+        }
     }
     Ok(sent)
 }

@@ -28,6 +28,8 @@ pub(in super::super) enum Job {
         streams: usize,
         /// To the server, or from it.
         up: bool,
+        /// Bytes per second that each connection to the server keeps to.
+        pace: Option<u64>,
         /// How long.
         lasts: Duration,
     },
@@ -107,11 +109,15 @@ where
 
 async fn perform(server: SocketAddr, job: Job, watch: Arc<Watch>) -> io::Result<Load> {
     match job {
-        Job::Bulk { streams, up, lasts } => {
+        Job::Bulk { streams, up, pace, lasts } => {
             let open = connect_all(server, streams).await?;
             let start = Instant::now();
-            let loads = open.into_iter().map(|stream| bulk(stream, up, start + lasts, Arc::clone(&watch)));
-            all(start, loads).await
+            let deadline = start + lasts;
+            if up {
+                all(start, open.into_iter().map(|stream| upload(stream, deadline, pace, Arc::clone(&watch)))).await
+            } else {
+                all(start, open.into_iter().map(|stream| download(stream, deadline))).await
+            }
         }
         Job::Requests { connections, lasts } => {
             let open = connect_all(server, connections).await?;
@@ -156,13 +162,14 @@ async fn connect_all(server: SocketAddr, count: usize) -> io::Result<Vec<TcpStre
     Ok(open)
 }
 
-async fn bulk(mut stream: TcpStream, up: bool, deadline: Instant, watch: Arc<Watch>) -> io::Result<Load> {
-    if !up {
-        let nanoseconds = u64::try_from(deadline.saturating_duration_since(Instant::now()).as_nanos()).unwrap_or(u64::MAX);
-        stream.write_all(&Ask::Give { nanoseconds }.head()).await?;
-        let bytes = Received::default().all(&mut stream).await?.counted()?;
-        return Ok(Load { bytes, ..Load::default() });
-    }
+async fn download(mut stream: TcpStream, deadline: Instant) -> io::Result<Load> {
+    let nanoseconds = u64::try_from(deadline.saturating_duration_since(Instant::now()).as_nanos()).unwrap_or(u64::MAX);
+    stream.write_all(&Ask::Give { nanoseconds }.head()).await?;
+    let bytes = Received::default().all(&mut stream).await?.counted()?;
+    Ok(Load { bytes, ..Load::default() })
+}
+
+async fn upload(mut stream: TcpStream, deadline: Instant, pace: Option<u64>, watch: Arc<Watch>) -> io::Result<Load> {
     stream.write_all(&Ask::Take.head()).await?;
     let mut before = 0;
     let go_on = |sent: u64| {
@@ -170,7 +177,7 @@ async fn bulk(mut stream: TcpStream, up: bool, deadline: Instant, watch: Arc<Wat
         before = sent;
         Instant::now() < deadline && !watch.stop.load(Ordering::Relaxed)
     };
-    let bytes = send(&mut stream, go_on).await?;
+    let bytes = send(&mut stream, pace, go_on).await?;
     stream.shutdown().await?;
     let mut count = [0; 8];
     stream.read_exact(&mut count).await?;
@@ -217,3 +224,6 @@ async fn connections(server: SocketAddr, deadline: Instant) -> io::Result<Load> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

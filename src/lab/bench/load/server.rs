@@ -72,7 +72,7 @@ async fn serve_one(mut stream: TcpStream) -> io::Result<()> {
             }
             Ask::Give { nanoseconds } => {
                 let deadline = Instant::now() + Duration::from_nanos(nanoseconds);
-                let sent = send(&mut stream, until(deadline)).await?;
+                let sent = send(&mut stream, None, until(deadline)).await?;
                 stream.write_all(&sent.to_le_bytes()).await?;
                 return stream.shutdown().await;
             }

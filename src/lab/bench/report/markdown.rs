@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Missing, Outcome, Report, Taken, number};
+use super::{Missing, Outcome, Report, Taken, number, rounds};
 use crate::lab::bench::figure::Quantity;
 
 impl Report {
@@ -11,14 +11,14 @@ impl Report {
     pub fn markdown(&self) -> String {
         let machine = &self.machine;
         let mut out = format!(
-            "culvert {}, {}; {}, {} CPUs, Linux {}, {}; {} rounds of {:?}, interleaved; median, × reference\n\n",
+            "culvert {}, {}; {}, {} CPUs, Linux {}, {}; {} of {:?}, interleaved; median, × reference\n\n",
             env!("CARGO_PKG_VERSION"),
             self.date.split('T').next().unwrap_or_default(),
             machine.cpu,
             machine.cpus,
             machine.kernel,
             machine.congestion_control,
-            self.options.rounds,
+            rounds(self.options.rounds),
             self.options.trial,
         );
         let names: Vec<String> = self.options.contestants.iter().map(|contestant| escaped(&contestant.name)).collect();

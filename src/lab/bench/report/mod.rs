@@ -108,7 +108,8 @@ impl Report {
     pub(super) fn shown(&self, outcome: &Outcome, taken: &Taken, quantity: Quantity) -> Option<Shown> {
         let values = taken.values.get(&quantity)?;
         let reference = self.reference(outcome.figure).filter(|name| *name != taken.contestant);
-        let other = reference.and_then(|name| outcome.taken.iter().find(|other| other.contestant == name)).and_then(|other| other.values.get(&quantity));
+        let other =
+            reference.and_then(|name| outcome.taken.iter().find(|other| other.contestant == name)).and_then(|other| other.values.get(&quantity));
         Some(Shown { spread: Spread::of(values)?, ratio: other.and_then(|other| paired_ratio(values, other)) })
     }
 }
@@ -128,7 +129,8 @@ impl Machine {
     pub(super) fn this() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, name: &str| {
-            let found = text.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_owned()));
+            let found =
+                text.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_owned()));
             found.unwrap_or_default()
         };
         let cpuinfo = read("/proc/cpuinfo");
@@ -142,6 +144,10 @@ impl Machine {
             congestion_control: String::new(),
         }
     }
+}
+
+fn rounds(count: u32) -> String {
+    format!("{count} round{}", if count == 1 { "" } else { "s" })
 }
 
 /// Three significant digits, without an exponent.

@@ -51,7 +51,10 @@ impl Report {
         }
         let machine = &self.machine;
         let date = self.date.split('T').next().unwrap_or_default();
-        let below = format!("Lower is better. {}, {} CPUs, Linux {}, {date}. Medians of one run; CPU of both proxies.", machine.cpu, machine.cpus, machine.kernel);
+        let below = format!(
+            "Lower is better. {}, {} CPUs, Linux {}, {date}. Medians of one run; CPU of both proxies.",
+            machine.cpu, machine.cpus, machine.kernel
+        );
         let _ = writeln!(out, "<text x=\"10\" y=\"{}\" font-size=\"11\">{}</text>\n</svg>", height - 14, escaped(&below));
         out
     }

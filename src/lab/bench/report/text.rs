@@ -1,8 +1,9 @@
 //! For a terminal.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::{Missing, Outcome, Report, Shown, number};
+use super::{Missing, Outcome, Report, Shown, grouped, number, rounds};
 use crate::lab::bench::options::Kind;
 
 /// More than this of a trial stolen by the hypervisor is worth a word, per cent.
@@ -19,16 +20,17 @@ impl Report {
         if cfg!(debug_assertions) {
             out.push_str("This is a DEBUG build of culvert: its figures mean nothing. Build with --release.\n");
         }
-        let gib = machine.memory / (1 << 20);
-        let _ = writeln!(out, "{}, {} CPUs, {} MiB, Linux {}, {}", machine.cpu, machine.cpus, grouped_mib(gib), machine.kernel, machine.congestion_control);
+        let memory = grouped(&(machine.memory / (1 << 20)).to_string());
+        let _ = writeln!(out, "{}, {} CPUs, {} MiB, Linux {}, {}", machine.cpu, machine.cpus, memory, machine.kernel, machine.congestion_control);
         if !machine.congestion_control.is_empty() && machine.congestion_control != "cubic" {
             out.push_str("cubic is not allowed to namespaces here (net.ipv4.tcp_allowed_congestion_control); all use the above\n");
         }
-        let _ = writeln!(out, "interleaved: {}; {} rounds of {:?}, one more dropped", names.join(", "), self.options.rounds, self.options.trial);
+        let _ = writeln!(out, "interleaved: {}; {} of {:?}, one more dropped", names.join(", "), rounds(self.options.rounds), self.options.trial);
         let workers = self.options.workers;
         let _ = writeln!(out, "two proxies of {workers} worker thread{} each; CPU is that of both together", if workers == 1 { "" } else { "s" });
         let programs = self.options.contestants.iter().filter_map(|contestant| match &contestant.kind {
-            Kind::Peer { client, .. } => Some(format!("{}: {}\n", contestant.name, client.arguments.join(" "))),
+            Kind::Peer { client, server } if client == server => Some(format!("{}: {client} on both sides\n", contestant.name)),
+            Kind::Peer { client, server } => Some(format!("{}: {client} on the client's side, {server} on the server's\n", contestant.name)),
             _ => None,
         });
         out.extend(programs);
@@ -43,10 +45,10 @@ impl Report {
         let quantities = outcome.quantities();
         let mut rows = vec![vec![String::new()]];
         rows[0].extend(quantities.iter().map(|quantity| quantity.heading().to_owned()));
-        let mut notes = String::new();
+        let (mut notes, mut apart) = (String::new(), BTreeMap::<&str, Vec<&str>>::new());
         for taken in &outcome.taken {
             match &taken.missing {
-                Some(Missing::DoesNotApply(why)) => drop(writeln!(notes, "  {}: does not apply, {why}", taken.contestant)),
+                Some(Missing::DoesNotApply(why)) => apart.entry(why).or_default().push(&taken.contestant),
                 Some(Missing::Failed(why)) => drop(writeln!(notes, "  {}: NOT TAKEN: {why}", taken.contestant)),
                 None => {
                     let cell = |quantity| self.shown(outcome, taken, quantity).map_or_else(|| "–".to_owned(), cell);
@@ -54,13 +56,20 @@ impl Report {
                 }
             }
             if taken.stolen_percent > MUCH_STOLEN {
-                let _ = writeln!(notes, "  {}: the hypervisor took up to {:.1} % of the machine's time in a trial", taken.contestant, taken.stolen_percent);
+                let _ = writeln!(
+                    notes,
+                    "  {}: the hypervisor took up to {:.1} % of the machine's time in a trial",
+                    taken.contestant, taken.stolen_percent
+                );
             }
         }
         if rows.len() > 1 {
             out.push_str(&aligned(&rows));
         }
         out.push_str(&notes);
+        for (why, names) in apart {
+            let _ = writeln!(out, "  not of {}: {why}", names.join(", "));
+        }
         out
     }
 
@@ -69,10 +78,6 @@ impl Report {
     pub fn text(&self) -> String {
         self.outcomes.iter().fold(self.heading(), |text, outcome| text + &self.table(outcome))
     }
-}
-
-fn grouped_mib(value: u64) -> String {
-    super::grouped(&value.to_string())
 }
 
 fn cell(shown: Shown) -> String {
