@@ -1,5 +1,7 @@
 //! `culvert lab`: a mesh in a box.
 
+mod bench;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -90,6 +92,12 @@ enum Command {
     },
     /// Lists the labs of this user.
     List,
+    Bench(Box<bench::Args>),
+    #[command(hide = true)]
+    SuperviseBench {
+        #[arg(long)]
+        name: String,
+    },
     #[command(hide = true)]
     Supervise {
         #[arg(long)]
@@ -111,6 +119,11 @@ enum Command {
         #[arg(long)]
         greeting: Option<String>,
     },
+    /// Serves the load of a bench on a port.
+    #[command(hide = true)]
+    ServeLoad {
+        port: u16,
+    },
     /// Gets an http:// address.
     #[command(hide = true)]
     Get {
@@ -128,7 +141,9 @@ enum Command {
     },
     /// Looks at the packets of this namespace until standard input ends.
     #[command(hide = true)]
-    Look { markers: Vec<String> },
+    Look {
+        markers: Vec<String>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]
@@ -201,6 +216,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Supervise { name, leash } => Ok(exit_code(lab::supervise(&base, &name, program, leash))),
+        Command::Bench(args) => {
+            watch_interrupts()?;
+            bench::run(&args, &program, &base, &|| INTERRUPTED.load(Ordering::Relaxed))
+        }
+        Command::SuperviseBench { name } => Ok(exit_code(lab::bench::supervise(&base, &name, program))),
         small => small_program(small),
     }
 }
@@ -209,6 +229,7 @@ fn small_program(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::ServeHttp { port, pod } => programs::serve_http(port, &pod)?,
         Command::ServeEcho { port, greeting } => programs::serve_echo(port, greeting)?,
+        Command::ServeLoad { port } => lab::bench::serve_load(port)?,
         Command::Get { url, header } => {
             if !programs::get(&url, header.as_deref())? {
                 return Ok(ExitCode::FAILURE);

@@ -225,7 +225,7 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Status, Error> {
 }
 
 /// Process ids inside the lab to process ids on this machine, from the NSpid lines of `/proc`.
-fn process_ids(supervisor: i32) -> BTreeMap<i32, i32> {
+pub(super) fn process_ids(supervisor: i32) -> BTreeMap<i32, i32> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let own = namespace(supervisor);
     let mut ids = BTreeMap::new();

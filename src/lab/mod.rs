@@ -7,6 +7,7 @@
 //! descriptor only, builds the links (`topology`), starts proxies and pod commands, and answers on a socket ([`control`]). When the
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
+pub mod bench;
 pub mod control;
 pub mod definition;
 pub mod demo;

@@ -147,7 +147,7 @@ pub(super) fn place(netns: &NetNs) -> Netns {
 }
 
 /// The TCP ports on which somebody listens in the namespace of this thread.
-fn listening_ports() -> io::Result<Vec<u16>> {
+pub(super) fn listening_ports() -> io::Result<Vec<u16>> {
     let mut ports = Vec::new();
     for table in ["tcp", "tcp6"] {
         let text = std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;

@@ -36,18 +36,23 @@ pub(super) struct Proxy<'a> {
 impl Proxy<'_> {
     /// Starts it. It is not ready yet.
     pub(super) fn start(self) -> Result<Task, Error> {
-        let path = |path: PathBuf| path.display().to_string();
-        let shared = [
-            ("LOCAL_XDS_PATH", path(self.directory.mesh_file())),
-            ("LOCAL_CA_DIR", path(self.directory.ca())),
-            ("RUST_LOG", "info".to_owned()),
-            ("RUST_BACKTRACE", "1".to_owned()),
-        ];
-        let mut env: BTreeMap<String, String> = shared.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let mut env = shared_env(self.directory);
         env.extend(self.env);
         let arguments = vec![self.program.display().to_string(), "proxy".to_owned()];
         Task::start(Program { arguments, env, netns: self.netns.clone(), mounts: None, log: self.log })
     }
+}
+
+/// What every proxy of a lab has in its environment.
+pub(super) fn shared_env(directory: &Directory) -> BTreeMap<String, String> {
+    let path = |path: PathBuf| path.display().to_string();
+    let shared = [
+        ("LOCAL_XDS_PATH", path(directory.mesh_file())),
+        ("LOCAL_CA_DIR", path(directory.ca())),
+        ("RUST_LOG", "info".to_owned()),
+        ("RUST_BACKTRACE", "1".to_owned()),
+    ];
+    shared.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 /// Waits until a proxy says that it is ready.

@@ -239,7 +239,8 @@ impl Running {
     }
 }
 
-fn zds_pod(pod: &Pod) -> crate::wire::zds::Pod {
+/// A pod as the proxies are told of it.
+pub(super) fn zds_pod(pod: &Pod) -> crate::wire::zds::Pod {
     crate::wire::zds::Pod { uid: uid(pod), name: pod.name.clone(), namespace: pod.namespace.clone(), service_account: pod.service_account.clone() }
 }
 

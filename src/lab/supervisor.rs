@@ -32,6 +32,12 @@ pub(super) enum Progress {
 /// otherwise only before it is ready.
 /// Must be called with a single thread. Returns the exit code of the process (this function returns in three processes).
 pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i32 {
+    within(base, name, leashed, |directory| serve(name, program, directory, leashed))
+}
+
+/// Enters the namespaces of a lab and runs `work` there, on a runtime of one thread; what has to go afterwards goes. Must be called with a
+/// single thread. Returns the exit code of the process (this function returns in three processes).
+pub(super) fn within<F: Future<Output = Result<(), Error>>>(base: &Base, name: &str, leashed: bool, work: impl FnOnce(Directory) -> F) -> i32 {
     let directory = base.lab(name);
     let failed = |error: &Error| {
         tell(&Progress::Failed(error.to_string()));
@@ -44,7 +50,7 @@ pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i3
         Err(error) => failed(&error),
         Ok(Role::Supervisor) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::failed("cannot start a runtime"));
-            let outcome = runtime.and_then(|runtime| runtime.block_on(serve(name, program, directory.clone(), leashed)));
+            let outcome = runtime.and_then(|runtime| runtime.block_on(work(directory.clone())));
             // Whoever started us may be gone by now, so what can be cleaned up is cleaned up here.
             let code = outcome.map_or_else(|error| failed(&error), |()| 0);
             if code == 0 {
@@ -56,15 +62,20 @@ pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i3
     }
 }
 
-async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
+/// Waits until this process is asked to end, by SIGTERM or SIGINT.
+pub(super) fn signalled() -> Result<impl Future<Output = ()>, Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::failed("cannot wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::failed("cannot wait for signals"))?;
-    let signalled = async {
+    Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    };
+    })
+}
+
+async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
+    let signalled = signalled()?;
     tokio::pin!(signalled);
     let mut let_go = watch_leash()?;
     let text = std::fs::read_to_string(directory.definition()).map_err(Error::failed("cannot read the lab's definition"))?;
@@ -123,7 +134,7 @@ async fn obey(running: &mut Running, request: Request) -> Result<Status, Error> 
 }
 
 /// Tells when standard input ends, which it does when whoever holds the other end ends, however that happens.
-fn watch_leash() -> Result<oneshot::Receiver<()>, Error> {
+pub(super) fn watch_leash() -> Result<oneshot::Receiver<()>, Error> {
     let (ended, let_go) = oneshot::channel();
     let hold = move || {
         let mut buffer = [0; 64];
@@ -134,7 +145,7 @@ fn watch_leash() -> Result<oneshot::Receiver<()>, Error> {
     Ok(let_go)
 }
 
-fn tell(progress: &Progress) {
+pub(super) fn tell(progress: &impl Serialize) {
     let line = serde_json::to_string(progress).unwrap_or_default();
     // Nobody may be listening any more.
     writeln!(std::io::stdout(), "{line}").ok();

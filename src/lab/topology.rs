@@ -21,9 +21,9 @@ const CONGESTION_CONTROL: &str = "cubic";
 
 /// A network namespace and its links.
 #[derive(Debug)]
-struct Net {
-    netns: NetNs,
-    links: Links,
+pub(super) struct Net {
+    pub(super) netns: NetNs,
+    pub(super) links: Links,
 }
 
 /// All network namespaces but the pods'. They exist as long as this value (or a process in them) does.
@@ -89,7 +89,8 @@ impl Topology {
 }
 
 impl Net {
-    fn create() -> io::Result<Self> {
+    /// A new namespace with the settings of every namespace of a lab; its loopback is up.
+    pub(super) fn create() -> io::Result<Self> {
         let netns = NetNs::create()?;
         let links = netns.run(|| {
             prepare()?;
