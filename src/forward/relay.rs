@@ -29,6 +29,8 @@ pub enum Ended {
     Disconnected(io::Error),
     /// Something else went wrong.
     Failed(io::Error),
+    /// The connection goes on elsewhere: its state and its sockets were handed out.
+    Moved,
 }
 
 impl Ended {

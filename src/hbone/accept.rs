@@ -8,10 +8,11 @@ use std::task::Poll;
 use tokio::net::TcpStream;
 use tokio::time::sleep_until;
 
-use super::engine::{self, Asked, Command, Next, Side, Tunnel};
+use super::engine::{self, Asked, Command, Next, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
+use super::moving::{MovedStream, Mover};
 use super::stream::TunnelStream;
-use super::{BadRequest, ConnectRequest, ConnectResponse, Endpoint, Error, Refusal, hpack};
+use super::{BadRequest, ConnectRequest, ConnectResponse, Endpoint, Error, Frozen, Refusal, hpack};
 use crate::identity::{Credential, peer_identity};
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::SpiffeId;
@@ -76,6 +77,24 @@ impl ServerTunnel {
     #[must_use]
     pub fn peer_address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Who can freeze this tunnel while it is served. [`ServerTunnel::serve`] then returns as if the peer had left.
+    #[must_use]
+    pub fn mover(&self) -> Mover {
+        Mover::new(self.tunnel.inbox().clone(), self.peer.clone(), self.lifetime)
+    }
+
+    /// Takes a frozen tunnel up, with its streams. Nothing moves before [`ServerTunnel::serve`]. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// When it is not of the serving side, or its sockets cannot be registered. Its connections are reset.
+    pub fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(Self, Vec<MovedStream>), Error> {
+        let Thawed { peer, address, lifetime, tunnel, streams, .. } = frozen.thaw(Side::Server, endpoint)?;
+        let streams =
+            streams.into_iter().map(|(id, role, socket)| MovedStream::new(TunnelStream::new(id, tunnel.inbox().clone(), None), role, socket));
+        let streams = streams.collect();
+        Ok((Self { peer, address, lifetime, tunnel, first: Vec::new() }, streams))
     }
 
     /// Serves until the peer leaves, stops answering PINGs, misbehaves, or a drain or the end of a certificate ends it. A graceful drain sends

@@ -158,6 +158,19 @@ impl Windows {
         Self { share, full, full_stream, seen: 0, measured_from: (0, now), shrunk_at: now }
     }
 
+    /// Continues a tunnel that was taken up: its window, and what its peer may still send of what it was promised. That cannot be taken back,
+    /// so it counts whether the budget has it or not.
+    pub(super) fn resume(&mut self, window: u32, promised: u32) {
+        let share = &mut self.share;
+        let window = window.clamp(FLOOR.min(self.full), self.full.max(1));
+        let promised = promised.max(window);
+        let mut given = share.budget.given();
+        given.bytes = given.bytes.saturating_sub(beyond_floor(share.promised)).saturating_add(beyond_floor(promised));
+        given.large = given.large.saturating_sub(u64::from(share.window > FLOOR)) + u64::from(window > FLOOR);
+        drop(given);
+        (share.window, share.promised) = (window, promised);
+    }
+
     /// The window of the whole tunnel.
     pub(super) fn tunnel(&self) -> u32 {
         self.share.window

@@ -11,10 +11,11 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
-use super::engine::{self, Answered, Command, Inbox, Next, Side, Tunnel};
+use super::engine::{self, Answered, Command, Inbox, Next, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
+use super::moving::{MovedStream, Mover};
 use super::stream::TunnelStream;
-use super::{ConnectRequest, ConnectResponse, Endpoint, Error};
+use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen};
 use crate::identity::{Credential, expect_peer};
 use crate::model::SpiffeId;
 
@@ -24,6 +25,7 @@ pub struct ClientTunnel {
     inbox: Arc<Inbox<Command>>,
     state: Arc<State>,
     max_streams: usize,
+    lifetime: Lifetime,
 }
 
 /// Shared with the task that drives the connection and with the streams.
@@ -72,11 +74,23 @@ pub(super) async fn handshake(
     };
     let peer = expect_peer(&established.chain, expected)?;
     let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
-    let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
     let tunnel = Tunnel::new(established, Side::Client, endpoint.clone())?;
-    let inbox = tunnel.inbox().clone();
-    tokio::spawn(drive(tunnel, lifetime, state.clone(), address));
-    Ok(ClientTunnel { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams) })
+    Ok(ClientTunnel::start(tunnel, peer, lifetime, address, endpoint))
+}
+
+/// Takes a frozen tunnel up, with its streams; they have their places among the tunnel's again.
+pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
+    let Thawed { peer, address, lifetime, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
+    let tunnel = ClientTunnel::start(tunnel, peer, lifetime, address, endpoint);
+    tunnel.state.closed.store(leaving, Ordering::Release);
+    let (state, inbox) = (&tunnel.state, &tunnel.inbox);
+    let streams = streams.into_iter().map(|(id, role, socket)| {
+        state.in_use.fetch_add(1, Ordering::AcqRel);
+        let slot = StreamSlot(state.clone());
+        MovedStream::new(TunnelStream::new(id, inbox.clone(), Some(slot)), role, socket)
+    });
+    let streams = streams.collect();
+    Ok((tunnel, streams))
 }
 
 /// Owns the tunnel until it ends.
@@ -110,6 +124,20 @@ impl Drop for ClientTunnel {
 }
 
 impl ClientTunnel {
+    /// Begins to drive a tunnel.
+    fn start(tunnel: Tunnel, peer: SpiffeId, lifetime: Lifetime, address: SocketAddr, endpoint: &Endpoint) -> Self {
+        let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
+        let inbox = tunnel.inbox().clone();
+        tokio::spawn(drive(tunnel, lifetime, state.clone(), address));
+        Self { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams), lifetime }
+    }
+
+    /// Who can freeze this tunnel.
+    #[must_use]
+    pub fn mover(&self) -> Mover {
+        Mover::new(self.inbox.clone(), self.peer.clone(), self.lifetime)
+    }
+
     /// The verified peer.
     #[must_use]
     pub fn peer(&self) -> &SpiffeId {

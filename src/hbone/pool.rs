@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::dial::{ClientTunnel, OpenError, StreamSlot, handshake};
-use super::{ConnectRequest, ConnectResponse, Endpoint, Error, TunnelStream};
+use super::dial::{ClientTunnel, OpenError, StreamSlot, handshake, take_up};
+use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen, MovedStream, Mover, TunnelStream};
 use crate::identity::Credential;
 use crate::model::{SpiffeId, Text};
 
@@ -186,6 +186,35 @@ impl Pool {
         for tunnel in entries.into_values().flat_map(|entry| entry.tunnels) {
             tunnel.abort();
         }
+    }
+
+    /// Everything that is pooled and can be frozen. (A tunnel that the pool has let go of while its last streams finish is not among them.)
+    #[must_use]
+    pub fn movers(&self) -> Vec<(PoolKey, Mover)> {
+        let tunnels = self.shared.tunnels();
+        let live = tunnels.by_key.iter().flat_map(|(key, entry)| entry.tunnels.iter().map(move |tunnel| (key, tunnel)));
+        live.filter(|(_, tunnel)| !tunnel.is_closed()).map(|(key, tunnel)| (key.clone(), tunnel.mover())).collect()
+    }
+
+    /// Takes a frozen tunnel up and pools it, unless it takes no new streams any more. It goes on at once; its streams as soon as each is given
+    /// its task. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// When it is not of the dialling side, its peer is not one that `key` expects, or its sockets cannot be registered; [`Error::Draining`]
+    /// after [`Pool::abort`]. Its connections are reset.
+    pub fn take_up(&self, key: PoolKey, frozen: Frozen) -> Result<Vec<MovedStream>, Error> {
+        if !key.expected.contains(frozen.peer()) {
+            return Err(Error::Tunnel(format!("the tunnel's peer {} is not expected", frozen.peer())));
+        }
+        let mut tunnels = self.shared.tunnels();
+        if tunnels.aborted {
+            return Err(Error::Draining);
+        }
+        let (tunnel, streams) = take_up(frozen, &self.shared.endpoint)?;
+        if !tunnel.is_closed() {
+            tunnels.by_key.entry(key).or_default().tunnels.push(Arc::new(tunnel));
+        }
+        Ok(streams)
     }
 
     /// How many tunnels are pooled.

@@ -41,6 +41,12 @@ impl TunnelStream {
         Self { id, inbox, over: false, slot }
     }
 
+    /// Its number in the tunnel.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
     /// Gives the stream its application's socket. The tunnel's task moves bytes between them until both directions have ended, which the result
     /// waits for. Dropping that resets the stream with CANCEL, and the socket.
     pub fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Relaying {

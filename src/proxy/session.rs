@@ -248,7 +248,7 @@ impl Connected {
 /// A peer that hangs up ends the connection but is no failure (reference, dataplane §2.6).
 pub(super) fn closed(ended: Ended) -> Result<(), Error> {
     match ended {
-        Ended::Finished | Ended::Disconnected(_) => Ok(()),
+        Ended::Finished | Ended::Moved | Ended::Disconnected(_) => Ok(()),
         Ended::Failed(error) => Err(Error::Relay(error)),
     }
 }

@@ -3,6 +3,8 @@
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Algorithm, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf::{self, HKDF_SHA256, HKDF_SHA384, KeyType, Prk};
 
+use zeroize::{Zeroize as _, Zeroizing};
+
 use super::RecordError;
 
 /// The cipher suites that the core serves.
@@ -50,6 +52,13 @@ pub struct Direction {
     pub sequence: u64,
 }
 
+/// The secret is wiped from memory.
+impl Drop for Direction {
+    fn drop(&mut self) {
+        self.secret.zeroize();
+    }
+}
+
 impl std::fmt::Debug for Direction {
     /// Without the secret.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -82,7 +91,7 @@ fn expand_label(suite: Suite, secret: &[u8], label: &str, out: &mut [u8]) -> Res
 
 impl Keys {
     pub(super) fn derive(suite: Suite, secret: &[u8]) -> Result<Self, RecordError> {
-        let mut key = [0; 32];
+        let mut key = Zeroizing::new([0; 32]);
         let key = &mut key[..suite.aead().key_len()];
         expand_label(suite, secret, "key", key)?;
         let mut iv = [0; 12];

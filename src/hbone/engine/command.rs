@@ -1,5 +1,6 @@
 //! What the outside asks of a tunnel's task.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
@@ -9,6 +10,7 @@ use super::super::dial::StreamSlot;
 use super::super::stream::Role;
 use super::super::{ConnectResponse, Error};
 use super::frame::Reason;
+use super::frozen::Freeze;
 use crate::forward::Ended;
 use crate::telemetry::Meter;
 
@@ -40,6 +42,17 @@ pub(in crate::hbone) enum Command {
     Release,
     /// Close now.
     Abort,
+    /// Hand the tunnel out to be taken up elsewhere.
+    Freeze(Box<Freeze>),
+}
+
+/// Commands that no task will obey any more. Their senders notice; an application must not take it for an end.
+pub(super) fn refuse(commands: VecDeque<Command>) {
+    for command in commands {
+        if let Command::Attach(attach) = command {
+            let _ = crate::sys::socket::reset_on_close(&attach.socket);
+        }
+    }
 }
 
 /// A stream's application.

@@ -16,9 +16,9 @@ const RESPONSE_HEADER_LIST: u32 = 16 << 10;
 
 /// The frame that is being walked through.
 pub(super) struct Frame {
-    head: Head,
+    pub(super) head: Head,
     /// Octets of padding, once they are known.
-    padding: Option<usize>,
+    pub(super) padding: Option<usize>,
 }
 
 /// What the peer said about itself.

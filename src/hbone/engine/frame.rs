@@ -136,8 +136,8 @@ pub(super) enum Step {
 /// Walks through frames. What it keeps between calls is all there is to know about a frame that has only partly arrived.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Walker {
-    scratch: Vec<u8>,
-    left: usize,
+    pub(super) scratch: Vec<u8>,
+    pub(super) left: usize,
 }
 
 impl Walker {

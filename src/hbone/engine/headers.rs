@@ -17,10 +17,10 @@ const MAX_FRAGMENTS: u32 = 6;
 
 /// A header block whose end has not come yet.
 pub(super) struct HeaderBlock {
-    stream: u32,
-    end_stream: bool,
-    fragments: u32,
-    bytes: Vec<u8>,
+    pub(super) stream: u32,
+    pub(super) end_stream: bool,
+    pub(super) fragments: u32,
+    pub(super) bytes: Vec<u8>,
 }
 
 impl Tunnel {
@@ -83,7 +83,7 @@ impl Tunnel {
             // After the goodbye: the peer knows that nothing was done (RFC 9113 §6.8).
             return Ok(());
         }
-        let refusal = if self.streams.len() >= self.endpoint.config.max_streams as usize {
+        let refusal = if self.streams.len() >= self.endpoint.config.max_streams as usize || self.is_freezing() {
             Some(Reason::REFUSED_STREAM)
         } else {
             (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)

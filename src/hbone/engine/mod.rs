@@ -9,6 +9,7 @@ mod clock;
 mod command;
 mod control;
 mod frame;
+mod frozen;
 mod handshake;
 mod headers;
 mod ready;
@@ -29,6 +30,8 @@ use crate::forward::record::{Opener, Sealer};
 
 pub(super) use command::{Answered, Attach, Command};
 pub(super) use frame::Reason;
+pub(super) use frozen::{Freeze, Thawed};
+pub use frozen::{Frozen, StateError};
 pub(super) use handshake::{connect, welcome};
 pub(super) use ready::Inbox;
 pub(super) use tunnel::{Next, Side, Tunnel};

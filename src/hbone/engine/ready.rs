@@ -73,14 +73,18 @@ impl<C: Send + 'static> Inbox<C> {
         !nothing
     }
 
-    /// No more commands: those that wait are dropped, which their senders notice.
-    pub(super) fn close(&self) {
-        let commands = {
-            let mut inner = self.lock();
-            inner.closed = true;
-            std::mem::take(&mut inner.commands)
-        };
-        drop(commands);
+    /// No more commands: those that wait are given back.
+    pub(super) fn close(&self) -> VecDeque<C> {
+        let mut inner = self.lock();
+        inner.closed = true;
+        std::mem::take(&mut inner.commands)
+    }
+
+    /// No more commands, unless some wait; whether it is closed now.
+    pub(super) fn close_if_empty(&self) -> bool {
+        let mut inner = self.lock();
+        inner.closed |= inner.commands.is_empty();
+        inner.closed
     }
 
     fn mark(&self, slot: u32) {

@@ -27,7 +27,7 @@ pub(super) struct Application {
     slot: Option<StreamSlot>,
     /// Resolves when an application that has finished sending closes altogether: nothing else would tell.
     vanished: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    role: Role,
+    pub(super) role: Role,
     meter: Arc<Meter>,
     done: Option<oneshot::Sender<Ended>>,
     waker: Waker,
@@ -157,7 +157,7 @@ impl Backlog {
         self.bytes.extend_from_slice(bytes);
     }
 
-    fn front(&self) -> &[u8] {
+    pub(super) fn front(&self) -> &[u8] {
         self.bytes.get(self.taken..).unwrap_or_default()
     }
 
@@ -320,6 +320,18 @@ impl Streams {
         }
         if self.reset.len() < RESET_STREAMS {
             self.reset.insert(id, now);
+        }
+    }
+
+    /// The streams that we reset, and when.
+    pub(super) fn recently_reset(&self) -> impl Iterator<Item = (u32, Instant)> {
+        self.reset.iter().map(|(id, since)| (*id, *since))
+    }
+
+    /// Puts back what [`Streams::recently_reset`] told.
+    pub(super) fn remember_reset(&mut self, id: u32, since: Instant) {
+        if self.reset.len() < RESET_STREAMS {
+            self.reset.insert(id, since);
         }
     }
 

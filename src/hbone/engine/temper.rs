@@ -19,12 +19,12 @@ const OCTETS_PER_FRAME: usize = 1024;
 /// The allowances of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Temper {
-    since: Instant,
-    premature: u32,
-    local: u32,
-    idle: u32,
-    empty: u32,
-    moved: usize,
+    pub(super) since: Instant,
+    pub(super) premature: u32,
+    pub(super) local: u32,
+    pub(super) idle: u32,
+    pub(super) empty: u32,
+    pub(super) moved: usize,
 }
 
 impl Default for Temper {

@@ -16,9 +16,10 @@ use tokio::time::{Instant, Sleep};
 use super::super::budget::Windows;
 use super::super::{Endpoint, Error};
 use super::clock::{LAST_CALL, Watch};
-use super::command::{Answered, Attach, Command};
+use super::command::{self, Answered, Attach, Command};
 use super::control::{Frame, PeerSettings};
 use super::frame::{self, Reason, Walker};
+use super::frozen::Freeze;
 use super::headers::HeaderBlock;
 use super::ready::{Inbox, StreamWaker};
 use super::stream::{Application, Phase, Stream, Streams, Wakes};
@@ -124,6 +125,7 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) released: bool,
     pub(super) goaway_received: bool,
     pub(super) failure: Option<Error>,
+    pub(super) freezing: Option<Box<Freeze>>,
     pub(super) timer: Pin<Box<Sleep>>,
     pub(super) watch: Watch,
     ready: Vec<u32>,
@@ -177,6 +179,7 @@ impl Tunnel {
             released: false,
             goaway_received: false,
             failure: None,
+            freezing: None,
             timer,
             watch: Watch::Settings,
             ready: Vec::new(),
@@ -260,6 +263,7 @@ impl Tunnel {
             }
             Command::Sweep => self.sweep(),
             Command::Drain => self.drain(),
+            Command::Freeze(freeze) => self.freezing = Some(freeze),
             Command::Release => self.released = true,
             Command::Abort => self.close(Reason::NO_ERROR, None),
         }
@@ -272,7 +276,7 @@ impl Tunnel {
             if answer.is_closed() {
                 continue;
             }
-            if self.life != Life::Live || self.goaway_received || self.next_id > 0x7fff_fff0 {
+            if self.life != Life::Live || self.goaway_received || self.next_id > 0x7fff_fff0 || self.is_freezing() {
                 let _ = answer.send(Answered::Unused(Error::Tunnel("the tunnel takes no more streams".into())));
                 continue;
             }
@@ -318,8 +322,12 @@ impl Tunnel {
         let wake = StreamWaker::new(&self.inbox, slot);
         if let Some(stream) = self.streams.at(slot) {
             stream.phase = Phase::Relaying(Application::new(attach, wake));
+            if stream.sent_end {
+                stream.end_sent();
+            }
             self.drain_backlog(slot);
             self.settle(slot);
+            self.check_gone(slot);
             self.enqueue(slot);
         }
     }
@@ -429,7 +437,7 @@ impl Tunnel {
             self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), None);
         }
         self.waiting.clear();
-        self.inbox.close();
+        command::refuse(self.inbox.close());
     }
 
     /// Whether nothing is left to do.
@@ -452,7 +460,7 @@ impl Tunnel {
 
 impl Drop for Tunnel {
     fn drop(&mut self) {
-        self.inbox.close();
+        command::refuse(self.inbox.close());
         for slot in self.streams.slots() {
             self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), None);
         }
@@ -469,6 +477,9 @@ impl Tunnel {
     pub(in crate::hbone) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Next> {
         for _ in 0..TURNS {
             let mut busy = self.attend(context);
+            if self.hand_out(&mut busy) {
+                return Poll::Ready(Next::Over(Ok(())));
+            }
             busy |= self.receive(context);
             busy |= self.transmit(context);
             if let Some(asked) = self.asked.pop_front() {

@@ -27,7 +27,7 @@ pub(in crate::hbone) enum HpackError {
 }
 
 /// The table size that applies until the peer changes it, and the most that it may use: the default of SETTINGS_HEADER_TABLE_SIZE.
-const TABLE_LIMIT: usize = 4096;
+pub(in crate::hbone) const TABLE_LIMIT: usize = 4096;
 /// Integers above this cannot be meant seriously: no block is that long.
 const INTEGER_LIMIT: usize = 1 << 20;
 
@@ -49,6 +49,23 @@ impl Default for Decoder {
 }
 
 impl Decoder {
+    /// Continues with a table of `max` octets; `entries` come oldest first.
+    pub(in crate::hbone) fn with_table<'a>(max: usize, entries: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Self {
+        let mut table = Dynamic::new(max.min(TABLE_LIMIT));
+        entries.for_each(|(name, value)| table.insert(name, value));
+        Self { table, ..Self::default() }
+    }
+
+    /// The present size limit of the table, octets.
+    pub(in crate::hbone) fn limit(&self) -> usize {
+        self.table.max()
+    }
+
+    /// The table's entries, oldest first.
+    pub(in crate::hbone) fn entries(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.table.oldest_first()
+    }
+
     /// Decodes one whole block. Fields go to `visit` as long as their decoded size, counted as in RFC 9113 §6.5.2 (32 octets more than name
     /// and value), stays within `budget`; returns whether all of them did. The rest is still decoded, since it changes the table.
     pub(in crate::hbone) fn decode(&mut self, mut block: &[u8], budget: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<bool, HpackError> {

@@ -94,6 +94,14 @@ impl Dynamic {
         Self { entries: VecDeque::new(), size: 0, max }
     }
 
+    pub(super) fn max(&self) -> usize {
+        self.max
+    }
+
+    pub(super) fn oldest_first(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.entries.iter().rev().map(|entry| (&*entry.name, &*entry.value))
+    }
+
     pub(super) fn at(&self, index: usize) -> Option<(&[u8], &[u8])> {
         self.entries.get(index).map(|entry| (&*entry.name, &*entry.value))
     }
