@@ -5,10 +5,11 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
+use std::net::Shutdown;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncWriteExt, Interest, Ready};
+use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 use super::ReadSize;
@@ -71,7 +72,7 @@ impl Drop for Pair {
 /// arrived right after it may wait until the next segment.
 pub async fn relay(client: TcpStream, server: TcpStream, meter: &Meter) -> Ended {
     let mut pair = Pair { client, server, finished: false };
-    match both_ways(&mut pair, meter).await {
+    match both_ways(&pair, meter).await {
         Ok(()) => {
             pair.finished = true;
             Ended::Finished
@@ -80,31 +81,33 @@ pub async fn relay(client: TcpStream, server: TcpStream, meter: &Meter) -> Ended
     }
 }
 
-async fn both_ways(pair: &mut Pair, meter: &Meter) -> io::Result<()> {
+async fn both_ways(pair: &Pair, meter: &Meter) -> io::Result<()> {
+    let (client, server) = (&pair.client, &pair.server);
     let (mut up, mut down) = (Flow::default(), Flow::default());
+    // Made once and kept: bulk is blocked over and over again.
+    let (mut client_fails, mut server_fails) = (Failure::default(), Failure::default());
     loop {
-        let (one, other) = {
-            let (client, server) = (&pair.client, &pair.server);
-            let (mut client_fails, mut server_fails) = (Failure::default(), Failure::default());
-            poll_fn(|context| {
-                let one = up.step(context, client, server, |bytes| meter.received(bytes))?;
-                let other = down.step(context, server, client, |bytes| meter.sent(bytes))?;
-                // A receiver that resets is noticed by whoever reads from it or writes to it; here, when nobody does.
-                if one == Step::Hungry && other != Step::Hungry {
-                    server_fails.look(context, server)?;
-                }
-                if other == Step::Hungry && one != Step::Hungry {
-                    client_fails.look(context, client)?;
-                }
-                if one.waits() && other.waits() { Poll::Pending } else { Poll::Ready(io::Result::Ok((one, other))) }
-            })
-            .await?
-        };
+        let (one, other) = poll_fn(|context| {
+            let one = up.step(context, client, server, |bytes| meter.received(bytes))?;
+            let other = down.step(context, server, client, |bytes| meter.sent(bytes))?;
+            if !(one.waits() && other.waits()) {
+                return Poll::Ready(io::Result::Ok((one, other)));
+            }
+            // A receiver that resets is noticed by whoever reads from it or writes to it; here, when nobody does.
+            if one == Step::Hungry && other != Step::Hungry {
+                server_fails.look(context, server)?;
+            }
+            if other == Step::Hungry && one != Step::Hungry {
+                client_fails.look(context, client)?;
+            }
+            Poll::Pending
+        })
+        .await?;
         match (one, other) {
             // The last end is told by the close that follows.
             (Step::Ended | Step::Over, Step::Ended | Step::Over) => return Ok(()),
-            (Step::Ended, _) => up.tell(&mut pair.server).await?,
-            (_, Step::Ended) => down.tell(&mut pair.client).await?,
+            (Step::Ended, _) => up.tell(server)?,
+            (_, Step::Ended) => down.tell(client)?,
             // Not a bare wake-up: this one lets the driver look for events of others first.
             _ => tokio::task::yield_now().await,
         }
@@ -202,9 +205,9 @@ impl Flow {
     }
 
     /// Passes the end on.
-    async fn tell(&mut self, to: &mut TcpStream) -> io::Result<()> {
+    fn tell(&mut self, to: &TcpStream) -> io::Result<()> {
         self.over = true;
-        match to.shutdown().await {
+        match socket2::SockRef::from(to).shutdown(Shutdown::Write) {
             // A socket that is no longer connected has nothing to be told.
             Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
             _ => Ok(()),

@@ -82,6 +82,8 @@ impl Traffic {
             let there = async {
                 if let Some(gate) = gate {
                     gate.await.unwrap();
+                    // From now on it reads fast.
+                    socket2::SockRef::from(far_read.as_ref()).set_recv_buffer_size(1 << 20).unwrap();
                 }
                 read(far_read, 2 * number, up, progress.clone()).await
             };
