@@ -71,6 +71,12 @@ impl Server {
         }
     }
 
+    /// Tunnels accepted from now on have next to no room for what is sent.
+    pub fn small_send_buffers(self) -> Self {
+        socket2::SockRef::from(&self.listener).set_send_buffer_size(16 << 10).unwrap();
+        self
+    }
+
     /// Takes the next tunnel and its first stream.
     pub async fn accept_with_stream(&mut self) -> Application {
         self.accept().await;

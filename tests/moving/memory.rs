@@ -78,6 +78,21 @@ async fn a_header_block_and_a_frame_that_have_come_in_part_move() {
     assert_eq!(server.request().await.request().unwrap().forwarded_network.as_deref(), Some("green"));
 }
 
+#[tokio::test]
+async fn a_data_frame_that_has_come_in_part_moves() {
+    let (_realm, mut server, mut peer) = pair(&[]).await;
+    peer.send(&Frame::connect(1, "10.0.0.2:80")).await;
+    let mut far = server.accept_stream().await;
+    soon(peer.expect_status(1)).await;
+    let plain = Frame::data(1, *b"hello world").encode();
+    let padded = Frame::padded_data(1, b"hello world", 5).encode();
+    // Behind the head, the padding's length, a part of the payload, the payload, and a part of the padding.
+    for (whole, cut) in [(&plain, 9), (&plain, 12), (&padded, 9), (&padded, 10), (&padded, 15), (&padded, 21), (&padded, 24)] {
+        move_between(&mut server, &mut peer, &whole[..cut], &whole[cut..]).await;
+        far.expect(b"hello world").await;
+    }
+}
+
 /// Sends the first part, moves the tunnel when it has arrived there, and sends the second part.
 async fn move_between(server: &mut Server, peer: &mut Peer, first: &[u8], second: &[u8]) {
     let before = server.move_it().await;
@@ -167,7 +182,7 @@ async fn held_pair() -> (Realm, Server, HeldPeer) {
         }
     };
     let peer = tokio::select! {
-        () = async { forward.await } => unreachable!(),
+        () = forward => unreachable!(),
         peer = async { server.accept().await; shake.await.unwrap() } => peer,
     };
     (realm, server, HeldPeer { hold: Hold { from: near_from, to: far_to }, peer })

@@ -203,6 +203,32 @@ async fn a_move_between_threads_loses_nothing() {
     moves_mid_transfer(21, true).await;
 }
 
+#[tokio::test]
+async fn records_that_are_sealed_and_not_written_move() {
+    const TOTAL: usize = 400_000;
+    let realm = Realm::new();
+    let mut server = Server::new(&realm, Config::default()).await.small_send_buffers();
+    let mut client = Client::to(server.address, &realm, Config::default()).await;
+    let (near, far) = tokio::join!(client.open(), server.accept_with_stream());
+    // Nobody reads the tunnel while the server fills it.
+    let away = client.freeze().await;
+    let (_far_read, far_write) = far.socket.into_split();
+    let writing = tokio::spawn(write(far_write, 9, TOTAL));
+    let mut length = 0;
+    soon(async {
+        // A part of a slab in the state: the socket takes no more.
+        while length < 64 << 10 {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            length = server.move_it().await;
+        }
+    })
+    .await;
+    client.take_up(away);
+    let (near_read, _near_write) = near.socket.into_split();
+    soon(read(near_read, 9, TOTAL, Arc::default())).await;
+    soon(writing).await.unwrap();
+}
+
 /// Echoed bytes through a stock peer, while our end moves.
 async fn echo_through(client: &mut Client, near: Application, total: usize) {
     let (read_half, write_half) = near.socket.into_split();

@@ -166,7 +166,8 @@ async fn no_flipped_bit_makes_a_tunnel_panic() {
 
 #[test]
 fn states_that_no_tunnel_can_have_are_refused() {
-    let spoil: [(&str, fn(&mut State)); 12] = [
+    type Spoil = fn(&mut State);
+    let spoil: [(&str, Spoil); 12] = [
         ("a stream twice", |state| state.streams.0[1].id = 5),
         ("a stream that was never opened", |state| state.streams.0[0].id = 1001),
         ("an even stream", |state| state.streams.0[0].id = 4),
