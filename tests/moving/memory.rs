@@ -99,7 +99,12 @@ async fn move_between(server: &mut Server, peer: &mut Peer, first: &[u8], second
     peer.send_bytes(first).await.unwrap();
     // What arrived makes the state longer, and only that.
     soon(async {
-        while server.move_it().await <= before {
+        while {
+            let l = server.move_it().await;
+            eprintln!("{before} {l}");
+            l
+        } <= before
+        {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     })

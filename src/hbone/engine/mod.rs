@@ -14,6 +14,7 @@ mod handshake;
 mod headers;
 mod ready;
 mod receive;
+mod spare;
 mod stream;
 mod temper;
 mod transmit;

@@ -17,6 +17,7 @@ use super::super::dial::StreamSlot;
 use super::super::stream::Role;
 use super::command::{Answered, Attach, Command};
 use super::ready::{Inbox, StreamWaker};
+use super::spare;
 use crate::forward::Ended;
 use crate::sys::stream_io;
 use crate::telemetry::Meter;
@@ -150,6 +151,9 @@ impl Backlog {
     }
 
     pub(super) fn push(&mut self, bytes: &[u8]) {
+        if self.bytes.capacity() == 0 && !bytes.is_empty() {
+            self.bytes = spare::take();
+        }
         if self.taken > 0 && self.taken >= self.bytes.len() / 2 {
             self.bytes.drain(..self.taken);
             self.taken = 0;
@@ -164,7 +168,7 @@ impl Backlog {
     fn take(&mut self, count: usize) {
         self.taken += count;
         if self.is_empty() {
-            *self = Self::default();
+            spare::give(std::mem::take(self).bytes);
         }
     }
 }
