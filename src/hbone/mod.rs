@@ -1,7 +1,7 @@
 //! The tunnel: HTTP/2 CONNECT over mutual TLS on port 15008; dials, accepts, pools, keeps alive and limits.
 //! It never decides who may connect (that is `policy`, asked by `proxy`) and shows no HTTP/2 type to its callers, so that the forwarding core
 //! can take the place of the stock `h2` underneath.
-//! Main types: [`Endpoint`], [`ServerTunnel`], [`Pool`], [`TunnelStream`], [`ConnectRequest`].
+//! Main types: [`Endpoint`], [`ServerTunnel`], [`Pool`], [`TunnelStream`], [`ConnectRequest`]; [`Mover`] and [`Frozen`] move a live tunnel.
 
 mod accept;
 mod budget;

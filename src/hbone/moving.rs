@@ -43,7 +43,7 @@ impl Mover {
     /// get there; then the peer's are reset with REFUSED_STREAM, ours with CANCEL, and whoever waits for one of ours is told to try another
     /// tunnel. Streams that move bytes all come along; the relay of each ends with [`Ended::Moved`](crate::forward::Ended::Moved).
     ///
-    /// Dropping the future calls it off, and the tunnel serves on.
+    /// Dropping the future calls it off, and the tunnel serves on (a pooled one that has sent a request of ours elsewhere takes no new streams).
     ///
     /// # Errors
     /// When the tunnel has ended or ends meanwhile, somebody else asks for the same, or (the tunnel serves on) there are no descriptors left.
