@@ -1,9 +1,10 @@
 //! Vectored reads and writes on tokio's sockets that know when the kernel has no more: a short transfer clears the readiness at once, which
 //! saves the call that would only have said EAGAIN.
 
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::AsFd;
 
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -35,15 +36,28 @@ pub fn read(socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     short.map_or(outcome, Ok)
 }
 
+/// What follows on a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Perhaps nothing for a long time.
+    Unknown,
+    /// The end, at once: a shutdown or a close. The last segment waits for it and carries its FIN, one packet instead of two.
+    End,
+}
+
 /// Writes `buffers` in order, as much as the kernel takes.
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] when it takes nothing; wait for readiness then.
-pub fn write_vectored(socket: &TcpStream, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+pub fn write_vectored(socket: &TcpStream, buffers: &[IoSlice<'_>], next: Next) -> io::Result<usize> {
     let all: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+    let flags = match next {
+        Next::Unknown => libc::MSG_NOSIGNAL,
+        Next::End => libc::MSG_NOSIGNAL | libc::MSG_MORE,
+    };
     let mut short = None;
     let outcome = socket.try_io(Interest::WRITABLE, || {
-        let written = (&mut Raw(socket)).write_vectored(buffers)?;
+        let written = SockRef::from(socket).send_vectored_with_flags(buffers, flags)?;
         settle(written, all, &mut short)
     });
     short.map_or(outcome, Ok)
@@ -56,7 +70,8 @@ pub fn write_vectored(socket: &TcpStream, buffers: &[IoSlice<'_>]) -> io::Result
 pub fn write(socket: &TcpStream, buffer: &[u8]) -> io::Result<usize> {
     let mut short = None;
     let outcome = socket.try_io(Interest::WRITABLE, || {
-        let written = (&mut Raw(socket)).write(buffer)?;
+        // Without a signal: Rust ignores SIGPIPE, and a library should not depend on that.
+        let written = SockRef::from(socket).send_with_flags(buffer, libc::MSG_NOSIGNAL)?;
         settle(written, buffer.len(), &mut short)
     });
     short.map_or(outcome, Ok)
@@ -70,21 +85,4 @@ fn settle(moved: usize, asked: usize, short: &mut Option<usize>) -> io::Result<u
         return Err(io::ErrorKind::WouldBlock.into());
     }
     Ok(moved)
-}
-
-/// `sendmsg` with MSG_NOSIGNAL: Rust ignores SIGPIPE, and a library should not depend on that.
-struct Raw<'a>(&'a TcpStream);
-
-impl Write for &mut Raw<'_> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        socket2::SockRef::from(self.0).send_with_flags(buffer, libc::MSG_NOSIGNAL)
-    }
-
-    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        socket2::SockRef::from(self.0).send_vectored_with_flags(buffers, libc::MSG_NOSIGNAL)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -10,6 +10,7 @@ use super::stream::Phase;
 use super::tunnel::{Side, Tunnel};
 use crate::forward::Ended;
 use crate::forward::record::{Content, Sealer};
+use crate::sys::stream_io::Next;
 
 /// Decoded header list that we take of an answer, octets.
 const RESPONSE_HEADER_LIST: u32 = 16 << 10;
@@ -157,7 +158,8 @@ impl Tunnel {
     fn finish_data(&mut self, buffer: &[u8], head: Head) -> Result<(), Reason> {
         self.frame = None;
         if head.has(frame::END_STREAM) {
-            self.flush_spans(buffer);
+            let next = if self.streams.slot_of(head.stream) == Some(self.span_slot) { Next::End } else { Next::Unknown };
+            self.flush(buffer, next);
             self.end_of(head.stream);
         }
         Ok(())

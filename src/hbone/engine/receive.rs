@@ -10,14 +10,16 @@ use super::frame::{self, Head, Reason, Step};
 use super::stream::Phase;
 use super::tunnel::{Life, Tunnel};
 use crate::forward::Ended;
-use crate::forward::record::{Content, Opened, RecordError};
+use crate::forward::record::{self, Content, Opened, RecordError};
 use crate::forward::slab::Slab;
-use crate::sys::stream_io;
+use crate::sys::stream_io::{self, Next};
 
 /// With more than this many octets of answers unsent, the peer is not read: it does not take what it asks for.
 const CONTROL_LIMIT: usize = 64 << 10;
 /// Post-handshake messages that may be buffered until they are whole.
 const POST_HANDSHAKE_LIMIT: usize = 16 << 10;
+/// Octets of a full record on the wire.
+const FULL_RECORD: usize = record::HEADER + record::MAX_PLAINTEXT + record::TRAILER;
 
 impl Tunnel {
     /// Reads and handles what the tunnel has; whether there was something.
@@ -33,7 +35,8 @@ impl Tunnel {
             }
             let mut slab = self.input.slab.take().unwrap_or_else(Slab::take);
             make_room(&mut slab, &mut self.input.range);
-            let outcome = stream_io::read(&self.socket, slab.get_mut(self.input.range.end..).unwrap_or_default());
+            let limit = self.input.range.end + whole_records(&slab, &self.input.range);
+            let outcome = stream_io::read(&self.socket, slab.get_mut(self.input.range.end..limit).unwrap_or_default());
             self.input.slab = Some(slab);
             match outcome {
                 Ok(0) => {
@@ -204,6 +207,11 @@ impl Tunnel {
 
     /// Hands the collected spans to their application.
     pub(super) fn flush_spans(&mut self, buffer: &[u8]) {
+        self.flush(buffer, Next::Unknown);
+    }
+
+    /// The same when it is known what follows.
+    pub(super) fn flush(&mut self, buffer: &[u8], next: Next) {
         if self.spans.is_empty() {
             return;
         }
@@ -211,7 +219,7 @@ impl Tunnel {
         let slot = self.span_slot;
         if let Some(stream) = self.streams.at(slot) {
             let before = stream.backlog.len();
-            let outcome = stream.deliver(buffer, &spans);
+            let outcome = stream.deliver(buffer, &spans, next);
             self.backlog = self.backlog + stream.backlog.len() - before;
             self.took(slot, outcome);
         }
@@ -297,6 +305,22 @@ enum Broken {
     Record(RecordError),
     Protocol(Reason),
     Closed,
+}
+
+/// How much to read behind `filled`, so that in bulk, where all records are full, a read ends where a record does: nothing is left to move to the
+/// front before the next.
+fn whole_records(slab: &Slab, filled: &Range<usize>) -> usize {
+    let room = slab.len() - filled.end;
+    let partial = slab.get(filled.clone()).unwrap_or_default();
+    let expected = match partial.get(3..record::HEADER) {
+        Some(&[high, low]) => record::HEADER + usize::from(u16::from_be_bytes([high, low])),
+        _ => FULL_RECORD,
+    };
+    match expected.checked_sub(partial.len()) {
+        Some(rest) if (1..=room).contains(&rest) => rest + (room - rest) / FULL_RECORD * FULL_RECORD,
+        // Not a partial record, or a hostile length: opening it says so.
+        _ => room,
+    }
 }
 
 /// Moves a partial record to the front when the slab is half used, so that reads stay large and moves rare.

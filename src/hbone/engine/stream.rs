@@ -1,6 +1,7 @@
 //! One stream: its windows, its application's socket, and what waits for that socket.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::pin::Pin;
@@ -19,7 +20,7 @@ use super::command::{Answered, Attach, Command};
 use super::ready::{Inbox, StreamWaker};
 use super::spare;
 use crate::forward::Ended;
-use crate::sys::stream_io;
+use crate::sys::stream_io::{self, Next};
 use crate::telemetry::Meter;
 
 /// The application's side of a stream.
@@ -198,14 +199,14 @@ impl Stream {
     }
 
     /// Gives the application the spans of `buffer`; what it does not take goes to the backlog. Returns how many octets it took.
-    pub(super) fn deliver(&mut self, buffer: &[u8], spans: &[Range<usize>]) -> io::Result<usize> {
+    pub(super) fn deliver(&mut self, buffer: &[u8], spans: &[Range<usize>], next: Next) -> io::Result<usize> {
         let total: usize = spans.iter().map(Range::len).sum();
         let mut taken = 0;
         if self.backlog.is_empty()
             && let Phase::Relaying(application) = &mut self.phase
             && !self.shut_down
         {
-            taken = write_spans(&application.socket, buffer, spans)?;
+            taken = write_spans(&application.socket, buffer, spans, next)?;
             application.count_from_peer(taken);
         }
         if taken < total {
@@ -247,8 +248,9 @@ impl Stream {
         let Phase::Relaying(application) = &mut self.phase else { return Ok(()) };
         self.shut_down = true;
         if self.sent_end {
-            // The stream is over: who sees its end may open the next one.
+            // The stream is over: who sees its end may open the next one. The socket is closed next, which says all that a shutdown would.
             application.slot = None;
+            return Ok(());
         }
         match socket2::SockRef::from(&application.socket).shutdown(std::net::Shutdown::Write) {
             Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
@@ -276,7 +278,7 @@ impl Stream {
 /// At most this many pieces go into one write.
 const MAX_PIECES: usize = 64;
 
-fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>]) -> io::Result<usize> {
+fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>], next: Next) -> io::Result<usize> {
     let mut written = 0;
     for group in spans.chunks(MAX_PIECES) {
         let mut pieces = [IoSlice::new(&[]); MAX_PIECES];
@@ -286,7 +288,7 @@ fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>]) -> io:
             asked += bytes.len();
             *piece = IoSlice::new(bytes);
         }
-        let outcome = stream_io::write_vectored(socket, pieces.get(..group.len()).unwrap_or_default());
+        let outcome = stream_io::write_vectored(socket, pieces.get(..group.len()).unwrap_or_default(), next);
         match outcome {
             Ok(count) => {
                 written += count;
@@ -301,12 +303,33 @@ fn write_spans(socket: &TcpStream, buffer: &[u8], spans: &[Range<usize>]) -> io:
     Ok(written)
 }
 
+/// Spreads stream ids. The peer chooses half of them, but a few hundred at most are open at once: nothing to gain from collisions.
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        // 2^64 over the golden ratio: neighbours end up far apart, in the high bits too.
+        self.0 = (self.0 ^ u64::from(id)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}
+
 /// All streams of a tunnel: slots that are used again, found by stream id.
 #[derive(Default)]
 pub(super) struct Streams {
     slots: Vec<Option<Box<Stream>>>,
     free: Vec<u32>,
-    by_id: HashMap<u32, u32>,
+    by_id: HashMap<u32, u32, BuildHasherDefault<IdHasher>>,
     /// Streams that we reset a moment ago: what the peer had sent by then is no error of its.
     reset: HashMap<u32, Instant>,
 }
