@@ -27,9 +27,12 @@ impl Report {
             out.push_str("cubic is not allowed to namespaces here (net.ipv4.tcp_allowed_congestion_control); all use the above\n");
         }
         let _ = writeln!(out, "interleaved: {}; {} of {:?}, one more dropped", names.join(", "), rounds(self.options.rounds), self.options.trial);
-        let _ = writeln!(out, "this takes about {} minutes", self.minutes());
+        let _ = writeln!(out, "this takes about {} min", self.minutes());
         let workers = self.options.workers;
         let _ = writeln!(out, "two proxies of {workers} worker thread{} each; CPU is that of both together", if workers == 1 { "" } else { "s" });
+        if self.options.pin {
+            out.push_str("pinned: client's proxy and server to one CPU, server's proxy and client to another\n");
+        }
         let programs = self.options.contestants.iter().filter_map(|contestant| match &contestant.kind {
             Kind::Peer { client, server } if client == server => Some(format!("{}: {client} on both sides\n", contestant.name)),
             Kind::Peer { client, server } => Some(format!("{}: {client} on the client's side, {server} on the server's\n", contestant.name)),
@@ -102,7 +105,8 @@ impl Report {
 
 fn cell(quantity: Quantity, shown: Shown) -> String {
     let spread = shown.spread;
-    let range = if spread.min == spread.max || quantity.is_part() { String::new() } else { format!(" [{}..{}]", number(spread.min), number(spread.max)) };
+    let range =
+        if spread.min == spread.max || quantity.is_part() { String::new() } else { format!(" [{}..{}]", number(spread.min), number(spread.max)) };
     let ratio = shown.ratio.map(|ratio| format!(" ×{ratio:.2}")).unwrap_or_default();
     format!("{}{range}{ratio}", number(spread.median))
 }

@@ -5,6 +5,7 @@ use std::thread;
 
 use super::super::{Held, server};
 use super::*;
+use crate::sys::netns::NetNs;
 
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -51,8 +52,13 @@ fn copy(mut from: Blocking, mut to: Blocking, lost: Option<usize>) {
     to.shutdown(std::net::Shutdown::Write).ok();
 }
 
+/// This test's own namespace.
+fn here() -> Seat {
+    Seat { netns: NetNs::current().unwrap(), cpu: None }
+}
+
 async fn load(server: SocketAddr, job: Job) -> Result<Load, String> {
-    run(&NetNs::current().unwrap(), server, job, Arc::default()).await
+    run(&here(), server, job, Arc::default()).await
 }
 
 fn bulk(up: bool) -> Job {
@@ -87,7 +93,7 @@ async fn a_stopped_stream_ends_in_good_order() {
     let watch = Arc::new(Watch::default());
     watch.stop.store(true, Ordering::Relaxed);
     let job = Job::Bulk { streams: 1, up: true, pace: None, lasts: Duration::from_secs(20) };
-    let load = run(&NetNs::current().unwrap(), server(), job, watch).await.unwrap();
+    let load = run(&here(), server(), job, watch).await.unwrap();
     assert!(load.elapsed < Duration::from_secs(10));
 }
 
@@ -105,7 +111,7 @@ async fn one_lost_byte_is_noticed_wherever_it_is_lost() {
 
 #[tokio::test]
 async fn held_connections_answer_and_move_bytes() {
-    let held = Held::start(&NetNs::current().unwrap(), server());
+    let held = Held::start(&here(), server());
     held.open(1).await.unwrap();
     held.open(70).await.unwrap();
     held.move_each(300_000).await.unwrap();
@@ -115,7 +121,7 @@ async fn held_connections_answer_and_move_bytes() {
 #[tokio::test]
 async fn held_connections_to_nobody_are_an_error() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let held = Held::start(&NetNs::current().unwrap(), nobody);
+    let held = Held::start(&here(), nobody);
     let error = held.open(1).await.unwrap_err();
     assert!(error.contains("cannot connect"), "{error}");
 }
