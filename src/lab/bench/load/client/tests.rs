@@ -22,27 +22,36 @@ fn server() -> SocketAddr {
     address
 }
 
-/// Stands before a server and drops the byte at this position of what it sends, or of what it is sent.
-fn thief(server: SocketAddr, up: bool, position: usize) -> SocketAddr {
+/// What is done to one byte on the way.
+#[derive(Debug, Clone, Copy)]
+enum Harm {
+    Lost(usize),
+    Changed(usize),
+}
+
+/// Stands before a server and does harm to what the server is sent (`up`), or to what it sends.
+fn thief(server: SocketAddr, up: bool, harm: Harm) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for client in listener.incoming() {
             let (client, server) = (client.unwrap(), Blocking::connect(server).unwrap());
             let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            thread::spawn(move || copy(from, to, up.then_some(position)));
-            thread::spawn(move || copy(server, client, (!up).then_some(position)));
+            thread::spawn(move || copy(from, to, up.then_some(harm)));
+            thread::spawn(move || copy(server, client, (!up).then_some(harm)));
         }
     });
     address
 }
 
-fn copy(mut from: Blocking, mut to: Blocking, lost: Option<usize>) {
+fn copy(mut from: Blocking, mut to: Blocking, harm: Option<Harm>) {
     let (mut buffer, mut seen) = (vec![0; 65536], 0);
     while let Ok(length @ 1..) = from.read(&mut buffer) {
         let mut chunk = buffer[..length].to_vec();
-        if let Some(lost) = lost.filter(|lost| (seen..seen + length).contains(lost)) {
-            chunk.remove(lost - seen);
+        match harm {
+            Some(Harm::Lost(at)) if (seen..seen + length).contains(&at) => drop(chunk.remove(at - seen)),
+            Some(Harm::Changed(at)) if (seen..seen + length).contains(&at) => chunk[at - seen] ^= 1,
+            _ => {}
         }
         seen += length;
         if to.write_all(&chunk).is_err() {
@@ -98,15 +107,16 @@ async fn a_stopped_stream_ends_in_good_order() {
 }
 
 #[tokio::test]
-async fn one_lost_byte_is_noticed_wherever_it_is_lost() {
+async fn one_lost_or_changed_byte_is_noticed() {
     let server = server();
     for (job, up, position) in [(bulk(true), true, 5000), (bulk(false), false, 5000), (bulk(true), false, 3), (bulk(false), false, 0)] {
-        let outcome = load(thief(server, up, position), job).await;
+        let outcome = load(thief(server, up, Harm::Lost(position)), job).await;
         assert!(outcome.is_err(), "{job:?} up {up} at {position}: {outcome:?}");
     }
-    // An answer that is short by a byte ends too early.
-    let moved = load(thief(server, false, 500), Job::Connections { at_once: 1, lasts: SHORT }).await;
-    assert!(moved.is_err(), "{moved:?}");
+    for up in [true, false] {
+        let changed = load(thief(server, up, Harm::Changed(500)), Job::Connections { at_once: 1, lasts: SHORT }).await;
+        assert!(changed.is_err(), "up {up}: {changed:?}");
+    }
 }
 
 #[tokio::test]
