@@ -17,6 +17,19 @@ pub fn raise_nofile() -> io::Result<(u64, u64)> {
     Ok((hard, hard))
 }
 
+/// Raises the soft limit of open files to `wanted`, and the hard limit too where this process may; children inherit both. Returns what the
+/// soft limit is now: less than `wanted` without `CAP_SYS_RESOURCE` and with a lower hard limit.
+///
+/// # Errors
+/// Those of `getrlimit(2)`.
+pub fn raise_nofile_towards(wanted: u64) -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard.max(wanted)).is_err() {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
+}
+
 /// How many descriptors this process has open, from `/proc/self/fd`; 0 if that cannot be read.
 #[must_use]
 pub fn open_files() -> usize {
@@ -34,6 +47,13 @@ mod tests {
         let (soft, hard) = raise_nofile().unwrap();
         assert_eq!(soft, hard);
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+    }
+
+    #[test]
+    fn a_wish_within_the_hard_limit_is_granted_and_never_lowers_it() {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert!(raise_nofile_towards(hard).unwrap() >= hard);
+        assert!(raise_nofile_towards(64).unwrap() >= hard);
     }
 
     #[test]

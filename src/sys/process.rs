@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -324,8 +324,45 @@ pub fn listening_process(stream: &UnixStream) -> io::Result<i32> {
     Ok(getsockopt(stream, PeerCredentials)?.pid())
 }
 
+/// Lets a thread (0: the calling one) run on one CPU only. Threads that it starts from now on inherit that.
+///
+/// # Errors
+/// `ESRCH` when there is no such thread, `EINVAL` when this process may not use the CPU.
+pub fn pin(thread: i32, cpu: usize) -> io::Result<()> {
+    let mut only = CpuSet::new();
+    only.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(thread), &only)?)
+}
+
+/// The CPUs that the calling thread may run on, in their order.
+///
+/// # Errors
+/// Those of `sched_getaffinity(2)`.
+pub fn allowed_cpus() -> io::Result<Vec<usize>> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    Ok((0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect())
+}
+
 /// The effective user id of this process.
 #[must_use]
 pub fn user_id() -> u32 {
     geteuid().as_raw()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn a_pinned_thread_may_use_one_cpu_and_so_may_what_it_starts() {
+        let pinned = std::thread::spawn(|| {
+            let last = *allowed_cpus().unwrap().last().unwrap();
+            pin(0, last).unwrap();
+            (last, allowed_cpus().unwrap(), std::thread::spawn(|| allowed_cpus().unwrap()).join().unwrap())
+        });
+        let (last, own, child) = pinned.join().unwrap();
+        assert_eq!((own, child), (vec![last], vec![last]));
+        assert!(pin(0, CpuSet::count() - 1).is_err());
+    }
 }

@@ -39,6 +39,10 @@ pub(super) struct Args {
     /// Worker threads of each proxy.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     workers: u32,
+    /// Pins the client's proxy and the server to one CPU, the server's proxy and the client to another: less is left to chance in latencies,
+    /// and figures of several streams lose.
+    #[arg(long)]
+    pin: bool,
     /// Idle streams for the figure of memory; a tenth of them for those of 12 MiB and of tunnels [default: 10000; with --quick 200].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     streams: Option<u32>,
@@ -89,9 +93,10 @@ impl Args {
             figures: Figure::select(&self.only).map_err(anyhow::Error::msg).context("--only")?,
             contestants,
             reference: self.reference.clone(),
-            trial: self.seconds.unwrap_or(Duration::from_secs(if self.quick { 1 } else { 3 })),
+            trial: self.seconds.unwrap_or(if self.quick { Duration::from_secs(1) } else { Duration::from_secs(3) }),
             rounds: self.rounds.unwrap_or(if self.quick { 1 } else { 4 }),
             workers: self.workers,
+            pin: self.pin,
             streams: self.streams.unwrap_or(if self.quick { 200 } else { 10_000 }) as usize,
             floor,
             steady: if self.quick { STEADY / 4 } else { STEADY },

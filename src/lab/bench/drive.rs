@@ -12,7 +12,7 @@ use super::trial::{self, Sample};
 use crate::lab::Error;
 use crate::lab::directory::{Base, Directory};
 use crate::lab::supervisor::{signalled, tell, watch_leash, within};
-use crate::sys::limits::raise_nofile;
+use crate::sys::limits::raise_nofile_towards;
 
 /// The whole life of a bench inside, as `culvert lab supervise-bench`: measures what the file in the directory of `name` below `base`
 /// says, and tells it as lines of JSON on standard output. It ends early on SIGTERM, and when standard input ends.
@@ -32,11 +32,12 @@ pub fn supervise(base: &Base, name: &str, program: PathBuf) -> i32 {
 }
 
 async fn measure(program: PathBuf, directory: Directory) -> Result<(), Error> {
-    raise_nofile().map_err(Error::failed("cannot raise the limit of open files"))?;
     let text = std::fs::read_to_string(directory.definition()).map_err(Error::failed("cannot read what to measure"))?;
     let options: Options = serde_json::from_str(&text).map_err(Error::failed("cannot read what to measure"))?;
+    let wanted = memory::open_files(&options);
+    let files = raise_nofile_towards(wanted).map_err(Error::failed("cannot raise the limit of open files"))?;
     let site = Site::prepare(&program, &directory)?;
-    let mut bench = Bench { site, options, stands: Vec::new() };
+    let mut bench = Bench { site, options, files, stands: Vec::new() };
     let outcome = bench.run().await;
     for stand in &mut bench.stands {
         stand.stop().await;
@@ -50,6 +51,8 @@ async fn measure(program: PathBuf, directory: Directory) -> Result<(), Error> {
 struct Bench {
     site: Site,
     options: Options,
+    /// How many files each process may open.
+    files: u64,
     /// One for each contestant, in their order.
     stands: Vec<Stand>,
 }
@@ -113,6 +116,10 @@ impl Bench {
     }
 
     async fn memory_of(&self, figure: Figure, contestant: &Contestant) -> Result<Sample, String> {
+        let needed = memory::open_files_of(figure, contestant, &self.options);
+        if self.files < needed {
+            return Err(format!("a process needs {needed} open files and may have {} (`ulimit -Hn`): say a smaller --streams", self.files));
+        }
         memory::take(figure, &self.site, contestant, &self.options).await
     }
 }

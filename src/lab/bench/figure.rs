@@ -67,6 +67,11 @@ pub(super) enum Quantity {
 }
 
 impl Quantity {
+    /// Whether it is a part of another one: of use, but not to be looked at twice.
+    pub(super) fn is_part(self) -> bool {
+        matches!(self, Self::UserSecondsPerGb | Self::SystemSecondsPerGb | Self::UserSecondsPer1000 | Self::SystemSecondsPer1000)
+    }
+
     /// The head of its column.
     pub(super) fn heading(self) -> &'static str {
         match self {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::figure::{Figure, Quantity};
 use super::load::Held;
 use super::measure::steady_memory;
-use super::options::{Contestant, Options};
+use super::options::{Contestant, Kind, Options};
 use super::stand::{Site, Stand, Wanted};
 use super::trial::Sample;
 
@@ -15,13 +15,33 @@ const MIB: u32 = 1 << 20;
 /// Every stream has a tunnel of its own then.
 const ONE_STREAM_PER_TUNNEL: &[(&str, &str)] = &[("POOL_MAX_STREAMS_PER_CONNECTION", "1")];
 
+/// Open files of a process besides its streams.
+const OTHER_FILES: u64 = 200;
+
+/// How many files each process should be allowed to open.
+pub(super) fn open_files(options: &Options) -> u64 {
+    2 * options.streams as u64 + OTHER_FILES
+}
+
+/// How many files the process with the most of them opens for a figure.
+pub(super) fn open_files_of(figure: Figure, contestant: &Contestant, options: &Options) -> u64 {
+    let streams = if figure == Figure::MemoryStreams { options.streams } else { few(options) } as u64;
+    // A connection on either side for each stream; a proxy's streams share tunnels.
+    let each = if matches!(contestant.kind, Kind::Floor(_)) || figure == Figure::MemoryTunnels { 2 } else { 1 };
+    each * streams + OTHER_FILES
+}
+
+fn few(options: &Options) -> usize {
+    (options.streams / 10).max(1)
+}
+
 /// Bytes per stream on the client's and on the server's side.
 type PerSide = [f64; 2];
 
 /// Takes a figure of memory. The sentence says why it could not be taken.
 pub(super) async fn take(figure: Figure, site: &Site, contestant: &Contestant, options: &Options) -> Result<Sample, String> {
     let mut sample = Sample::default();
-    let few = (options.streams / 10).max(1);
+    let few = few(options);
     let shared = Wanted { contestant, options, extra: &[] };
     match figure {
         Figure::MemoryStreams => note(&mut sample, hold(site, shared, options.streams, Some(MIB)).await?),

@@ -23,6 +23,8 @@ pub struct Options {
     pub rounds: u32,
     /// Worker threads of each proxy (`ZTUNNEL_WORKER_THREADS`).
     pub workers: u32,
+    /// Everything is pinned to one of two CPUs.
+    pub pin: bool,
     /// Idle streams for the memory figure; the two other memory figures use at most a tenth.
     pub streams: usize,
     /// The built program of the floors (`benches/floor`); it is there when a floor takes part.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use ipnet::{IpNet, Ipv4Net};
 
+use super::load::Seat;
 use super::options::{Contestant, Floor, Kind, Options, Words};
 use crate::identity::LocalIssuer;
 use crate::lab::Error;
@@ -29,6 +30,7 @@ use crate::node::rules::{self, RulesConfig};
 use crate::node::zds::{Delivery, ZdsServer};
 use crate::sys::link::{set_sysctl, sysctl};
 use crate::sys::netns::NetNs;
+use crate::sys::process::{allowed_cpus, pin};
 
 /// The mesh of every stand.
 const MESH: &str = "
@@ -59,7 +61,7 @@ pub(super) struct Site {
 #[derive(Debug)]
 pub(super) struct Stand {
     pub(super) name: String,
-    pub(super) client: NetNs,
+    pub(super) client: Seat,
     /// The server in the mesh.
     pub(super) server: SocketAddr,
     /// The server outside of it.
@@ -142,7 +144,7 @@ impl Stand {
         let name = wanted.contestant.name.clone();
         let nets = Nets::build(site).map_err(Error::failed(format!("cannot build the network of {name}")))?;
         let mut stand = Self {
-            client: nets.client.netns.clone(),
+            client: Seat { netns: nets.client.netns.clone(), cpu: None },
             server: SocketAddr::new(site.address(1).into(), PORT),
             outside: SocketAddr::new(IpAddr::V4(OUTSIDE[1]), PORT),
             sides: Vec::new(),
@@ -164,7 +166,7 @@ impl Stand {
         }
         let pods = [&nets.client.netns, &nets.server.netns];
         match &wanted.contestant.kind {
-            Kind::Direct => return Ok(()),
+            Kind::Direct => {}
             Kind::Floor(floor) => self.start_floor(site, wanted.options, *floor, pods).await?,
             Kind::Culvert => {
                 let own = Words { arguments: vec![site.program.display().to_string(), "proxy".to_owned()], ..Words::default() };
@@ -172,10 +174,28 @@ impl Stand {
             }
             Kind::Peer { client, server } => self.start_proxies(site, wanted, [client, server], pods).await?,
         }
+        if wanted.options.pin {
+            self.pin().map_err(Error::failed("cannot pin to CPUs"))?;
+        }
         // After the listeners, as always. A floor of one hop has nobody in the server's pod.
         for (pod, _) in pods.into_iter().zip(&self.sides) {
             rules::install(pod, &RulesConfig::default()).map_err(Error::failed(format!("cannot capture the pods of {}", self.name)))?;
         }
+        Ok(())
+    }
+
+    /// Client's proxy and server on one CPU, server's proxy and client on another: each hop crosses over, for everybody alike.
+    fn pin(&mut self) -> io::Result<()> {
+        let cpus = allowed_cpus()?;
+        let [one, other, ..] = cpus.as_slice() else { return Err(io::Error::other("there are not two CPUs")) };
+        let sides = self.sides.iter().map(|side| side.task.pid()).zip([*one, *other]);
+        let servers = self.servers.iter().map(|task| (task.pid(), *one));
+        for (pid, cpu) in sides.chain(servers) {
+            for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+                pin(thread?.file_name().to_str().and_then(|name| name.parse().ok()).unwrap_or(pid), cpu)?;
+            }
+        }
+        self.client.cpu = Some(*other);
         Ok(())
     }
 
@@ -284,7 +304,7 @@ impl Stand {
 
     /// What the pods really use.
     pub(super) fn congestion_control(&self) -> String {
-        self.client.run(|| sysctl("net.ipv4.tcp_congestion_control")).and_then(|read| read).unwrap_or_else(|_| "unknown".to_owned())
+        self.client.netns.run(|| sysctl("net.ipv4.tcp_congestion_control")).and_then(|read| read).unwrap_or_else(|_| "unknown".to_owned())
     }
 }
 

@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 
 use super::super::statistics::Latencies;
 use super::bulk::{Received, send};
-use super::{Ask, REQUEST, is_pattern, request, wrong};
-use crate::sys::netns::NetNs;
+use super::{Ask, REQUEST, Seat, is_pattern, request, wrong};
+use crate::sys::process::pin;
 
 /// Beyond a trial's own time, connecting and the last bytes may take this long.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -80,9 +80,9 @@ pub(in super::super) struct Watch {
 }
 
 /// Runs a job from inside a namespace against a server; the sentence says what did not work.
-pub(in super::super) async fn run(netns: &NetNs, server: SocketAddr, job: Job, watch: Arc<Watch>) -> Result<Load, String> {
+pub(in super::super) async fn run(seat: &Seat, server: SocketAddr, job: Job, watch: Arc<Watch>) -> Result<Load, String> {
     let limit = job.lasts() + PATIENCE;
-    on_own_thread(netns, "load", async move {
+    on_own_thread(seat, "load", async move {
         let outcome = tokio::time::timeout(limit, perform(server, job, watch)).await;
         outcome.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the connections do not end")))
     })
@@ -91,15 +91,16 @@ pub(in super::super) async fn run(netns: &NetNs, server: SocketAddr, job: Job, w
 }
 
 /// Runs work on a thread that is inside a namespace from its birth to its end, on a runtime of its own.
-pub(super) async fn on_own_thread<T, F>(netns: &NetNs, name: &str, work: F) -> Result<T, String>
+pub(super) async fn on_own_thread<T, F>(seat: &Seat, name: &str, work: F) -> Result<T, String>
 where
     T: Send + 'static,
     F: Future<Output = T> + Send + 'static,
 {
-    let netns = netns.clone();
+    let Seat { netns, cpu } = seat.clone();
     let (tell, told) = oneshot::channel();
     let body = move || {
-        let inside = || Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work));
+        let pinned = cpu.map_or(Ok(()), |cpu| pin(0, cpu));
+        let inside = || pinned.and_then(|()| Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)));
         tell.send(netns.run(inside).and_then(|outcome: io::Result<T>| outcome)).ok();
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|error| format!("cannot start a thread: {error}"))?;

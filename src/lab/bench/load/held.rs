@@ -11,8 +11,7 @@ use tokio::task::JoinSet;
 
 use super::bulk::{Received, send_exactly};
 use super::client::{connect, exchange, on_own_thread};
-use super::{Ask, CHUNK, HEAD, REQUEST, request};
-use crate::sys::netns::NetNs;
+use super::{Ask, CHUNK, HEAD_LENGTH, REQUEST, Seat, request};
 
 /// How many connections are opened, or moved through, at once: below what a node lets one peer prove at once.
 const AT_ONCE: usize = 32;
@@ -37,9 +36,9 @@ enum What {
 
 impl Held {
     /// Starts the thread inside a namespace; there is no connection yet.
-    pub(in super::super) fn start(netns: &NetNs, server: SocketAddr) -> Self {
+    pub(in super::super) fn start(seat: &Seat, server: SocketAddr) -> Self {
         let (orders, mut receive) = mpsc::channel::<Order>(1);
-        let netns = netns.clone();
+        let seat = seat.clone();
         tokio::spawn(async move {
             let work = async move {
                 let mut open = Vec::new();
@@ -52,7 +51,7 @@ impl Held {
                 }
             };
             // A thread that cannot start leaves its orders unanswered, which is noticed there.
-            on_own_thread(&netns, "held", work).await.ok();
+            on_own_thread(&seat, "held", work).await.ok();
         });
         Self { orders }
     }
@@ -91,9 +90,9 @@ async fn open_all(open: &mut Vec<TcpStream>, server: SocketAddr, count: usize) -
 
 async fn move_all(open: &mut Vec<TcpStream>, bytes: u32) -> io::Result<()> {
     let moved = at_once(std::mem::take(open), move |mut stream| async move {
-        let ask = Ask::Answer { length: bytes.max(HEAD as u32 + 1), answer: u64::from(bytes) };
+        let ask = Ask::Answer { length: bytes.max(HEAD_LENGTH + 1), answer: u64::from(bytes) };
         stream.write_all(&ask.head()).await?;
-        send_exactly(&mut stream, u64::from(bytes.saturating_sub(HEAD as u32).max(1))).await?;
+        send_exactly(&mut stream, u64::from(bytes.saturating_sub(HEAD_LENGTH).max(1))).await?;
         Received::default().up_to(u64::from(bytes), &mut stream, &mut vec![0; CHUNK / 4]).await?;
         Ok(stream)
     });

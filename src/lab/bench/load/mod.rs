@@ -15,10 +15,23 @@ pub use server::serve;
 use std::io;
 use std::sync::LazyLock;
 
+use crate::sys::netns::NetNs;
+
+/// Where clients run.
+#[derive(Debug, Clone)]
+pub(super) struct Seat {
+    /// The client pod's namespace.
+    pub(super) netns: NetNs,
+    /// The only CPU they may use; `None`: all.
+    pub(super) cpu: Option<usize>,
+}
+
 /// Length of the head of a message.
-const HEAD: usize = 16;
+const HEAD: usize = HEAD_LENGTH as usize;
+const HEAD_LENGTH: u32 = 16;
 /// Length of a request, with its head, and of its answer.
-pub(super) const REQUEST: usize = 1024;
+const REQUEST: usize = REQUEST_LENGTH as usize;
+const REQUEST_LENGTH: u32 = 1024;
 /// What bulk is read into.
 const CHUNK: usize = 256 * 1024;
 /// The pattern begins again after this many bytes: a prime, so that nothing which counts in powers of two hides behind it.
@@ -99,7 +112,7 @@ fn is_pattern(mut position: u64, mut bytes: &[u8]) -> bool {
 
 /// A whole request with an answer of the same length.
 fn request() -> Vec<u8> {
-    let head = Ask::Answer { length: REQUEST as u32, answer: REQUEST as u64 }.head();
+    let head = Ask::Answer { length: REQUEST_LENGTH, answer: REQUEST_LENGTH.into() }.head();
     let mut request = head.to_vec();
     request.extend_from_slice(pattern_at(0).get(..REQUEST - HEAD).unwrap_or_default());
     request

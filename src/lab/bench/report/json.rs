@@ -26,7 +26,7 @@ impl Report {
             "date": self.date,
             "machine": self.machine,
             "settings": {
-                "trialSeconds": options.trial.as_secs_f64(), "rounds": options.rounds, "workers": options.workers, "streams": options.streams,
+                "trialSeconds": options.trial.as_secs_f64(), "rounds": options.rounds, "workers": options.workers, "pinned": options.pin, "streams": options.streams,
             },
             "contestants": contestants.collect::<Vec<Value>>(),
             "figures": self.outcomes.iter().map(|outcome| self.figure(outcome)).collect::<Vec<Value>>(),

@@ -26,7 +26,7 @@ impl Report {
         let mut notes = String::new();
         for outcome in &self.outcomes {
             let mut title = outcome.figure.title();
-            for quantity in outcome.quantities() {
+            for quantity in outcome.quantities().into_iter().filter(|quantity| !quantity.is_part()) {
                 let cells: Vec<String> = outcome.taken.iter().map(|taken| self.entry(outcome, taken, quantity)).collect();
                 let _ = writeln!(out, "| {} | {} | {} |", std::mem::take(&mut title), quantity.heading(), cells.join(" | "));
             }

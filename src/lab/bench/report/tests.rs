@@ -25,6 +25,7 @@ fn report() -> Report {
         trial: Duration::from_secs(3),
         rounds: 3,
         workers: 1,
+        pin: false,
         streams: 100,
         floor: None,
         steady: Duration::from_secs(1),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use super::{Missing, Outcome, Report, Shown, grouped, number, rounds};
+use crate::lab::bench::figure::{Figure, Quantity};
 use crate::lab::bench::options::Kind;
 
 /// More than this of a trial stolen by the hypervisor is worth a word, per cent.
@@ -26,8 +27,12 @@ impl Report {
             out.push_str("cubic is not allowed to namespaces here (net.ipv4.tcp_allowed_congestion_control); all use the above\n");
         }
         let _ = writeln!(out, "interleaved: {}; {} of {:?}, one more dropped", names.join(", "), rounds(self.options.rounds), self.options.trial);
+        let _ = writeln!(out, "this takes about {} min", self.minutes());
         let workers = self.options.workers;
         let _ = writeln!(out, "two proxies of {workers} worker thread{} each; CPU is that of both together", if workers == 1 { "" } else { "s" });
+        if self.options.pin {
+            out.push_str("pinned: client's proxy and server to one CPU, server's proxy and client to another\n");
+        }
         let programs = self.options.contestants.iter().filter_map(|contestant| match &contestant.kind {
             Kind::Peer { client, server } if client == server => Some(format!("{}: {client} on both sides\n", contestant.name)),
             Kind::Peer { client, server } => Some(format!("{}: {client} on the client's side, {server} on the server's\n", contestant.name)),
@@ -36,6 +41,24 @@ impl Report {
         out.extend(programs);
         out.push_str("median [smallest..largest] ×median of the ratios to the reference, round by round\n");
         out
+    }
+
+    /// About how long the whole run takes, in minutes; memory of ten thousand streams is taken to be half a minute for each.
+    fn minutes(&self) -> u64 {
+        let seconds = self.options.trial.as_secs_f64() * f64::from(self.options.rounds + 1);
+        let each = |figure: &Figure| {
+            let takers = self.options.contestants.iter().filter(|contestant| figure.does_not_apply(&contestant.kind).is_none()).count();
+            let one = match figure {
+                Figure::Beside { .. } => seconds * 2.0,
+                figure if figure.is_memory() => 60.0 * f64::from(u32::try_from(self.options.streams).unwrap_or(u32::MAX)) / 10_000.0 / 2.0 + 10.0,
+                _ => seconds,
+            };
+            one * f64::from(u32::try_from(takers).unwrap_or(u32::MAX))
+        };
+        // A bounded number of bounded durations.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let minutes = (self.options.figures.iter().map(each).sum::<f64>() / 60.0).ceil() as u64;
+        minutes
     }
 
     /// The table of a figure.
@@ -51,7 +74,7 @@ impl Report {
                 Some(Missing::DoesNotApply(why)) => apart.entry(why).or_default().push(&taken.contestant),
                 Some(Missing::Failed(why)) => drop(writeln!(notes, "  {}: NOT TAKEN: {why}", taken.contestant)),
                 None => {
-                    let cell = |quantity| self.shown(outcome, taken, quantity).map_or_else(|| "–".to_owned(), cell);
+                    let cell = |quantity| self.shown(outcome, taken, quantity).map_or_else(|| "–".to_owned(), |shown| cell(quantity, shown));
                     rows.push(std::iter::once(taken.contestant.clone()).chain(quantities.iter().copied().map(cell)).collect());
                 }
             }
@@ -80,9 +103,10 @@ impl Report {
     }
 }
 
-fn cell(shown: Shown) -> String {
+fn cell(quantity: Quantity, shown: Shown) -> String {
     let spread = shown.spread;
-    let range = if spread.min == spread.max { String::new() } else { format!(" [{}..{}]", number(spread.min), number(spread.max)) };
+    let range =
+        if spread.min == spread.max || quantity.is_part() { String::new() } else { format!(" [{}..{}]", number(spread.min), number(spread.max)) };
     let ratio = shown.ratio.map(|ratio| format!(" ×{ratio:.2}")).unwrap_or_default();
     format!("{}{range}{ratio}", number(spread.median))
 }

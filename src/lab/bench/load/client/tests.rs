@@ -5,6 +5,7 @@ use std::thread;
 
 use super::super::{Held, server};
 use super::*;
+use crate::sys::netns::NetNs;
 
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -21,27 +22,36 @@ fn server() -> SocketAddr {
     address
 }
 
-/// Stands before a server and drops the byte at this position of what it sends, or of what it is sent.
-fn thief(server: SocketAddr, up: bool, position: usize) -> SocketAddr {
+/// What is done to one byte on the way.
+#[derive(Debug, Clone, Copy)]
+enum Harm {
+    Lost(usize),
+    Changed(usize),
+}
+
+/// Stands before a server and does harm to what the server is sent (`up`), or to what it sends.
+fn thief(server: SocketAddr, up: bool, harm: Harm) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for client in listener.incoming() {
             let (client, server) = (client.unwrap(), Blocking::connect(server).unwrap());
             let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            thread::spawn(move || copy(from, to, up.then_some(position)));
-            thread::spawn(move || copy(server, client, (!up).then_some(position)));
+            thread::spawn(move || copy(from, to, up.then_some(harm)));
+            thread::spawn(move || copy(server, client, (!up).then_some(harm)));
         }
     });
     address
 }
 
-fn copy(mut from: Blocking, mut to: Blocking, lost: Option<usize>) {
+fn copy(mut from: Blocking, mut to: Blocking, harm: Option<Harm>) {
     let (mut buffer, mut seen) = (vec![0; 65536], 0);
     while let Ok(length @ 1..) = from.read(&mut buffer) {
         let mut chunk = buffer[..length].to_vec();
-        if let Some(lost) = lost.filter(|lost| (seen..seen + length).contains(lost)) {
-            chunk.remove(lost - seen);
+        match harm {
+            Some(Harm::Lost(at)) if (seen..seen + length).contains(&at) => drop(chunk.remove(at - seen)),
+            Some(Harm::Changed(at)) if (seen..seen + length).contains(&at) => chunk[at - seen] ^= 1,
+            _ => {}
         }
         seen += length;
         if to.write_all(&chunk).is_err() {
@@ -51,8 +61,13 @@ fn copy(mut from: Blocking, mut to: Blocking, lost: Option<usize>) {
     to.shutdown(std::net::Shutdown::Write).ok();
 }
 
+/// This test's own namespace.
+fn here() -> Seat {
+    Seat { netns: NetNs::current().unwrap(), cpu: None }
+}
+
 async fn load(server: SocketAddr, job: Job) -> Result<Load, String> {
-    run(&NetNs::current().unwrap(), server, job, Arc::default()).await
+    run(&here(), server, job, Arc::default()).await
 }
 
 fn bulk(up: bool) -> Job {
@@ -87,25 +102,26 @@ async fn a_stopped_stream_ends_in_good_order() {
     let watch = Arc::new(Watch::default());
     watch.stop.store(true, Ordering::Relaxed);
     let job = Job::Bulk { streams: 1, up: true, pace: None, lasts: Duration::from_secs(20) };
-    let load = run(&NetNs::current().unwrap(), server(), job, watch).await.unwrap();
+    let load = run(&here(), server(), job, watch).await.unwrap();
     assert!(load.elapsed < Duration::from_secs(10));
 }
 
 #[tokio::test]
-async fn one_lost_byte_is_noticed_wherever_it_is_lost() {
+async fn one_lost_or_changed_byte_is_noticed() {
     let server = server();
     for (job, up, position) in [(bulk(true), true, 5000), (bulk(false), false, 5000), (bulk(true), false, 3), (bulk(false), false, 0)] {
-        let outcome = load(thief(server, up, position), job).await;
+        let outcome = load(thief(server, up, Harm::Lost(position)), job).await;
         assert!(outcome.is_err(), "{job:?} up {up} at {position}: {outcome:?}");
     }
-    // An answer that is short by a byte ends too early.
-    let moved = load(thief(server, false, 500), Job::Connections { at_once: 1, lasts: SHORT }).await;
-    assert!(moved.is_err(), "{moved:?}");
+    for up in [true, false] {
+        let changed = load(thief(server, up, Harm::Changed(500)), Job::Connections { at_once: 1, lasts: SHORT }).await;
+        assert!(changed.is_err(), "up {up}: {changed:?}");
+    }
 }
 
 #[tokio::test]
 async fn held_connections_answer_and_move_bytes() {
-    let held = Held::start(&NetNs::current().unwrap(), server());
+    let held = Held::start(&here(), server());
     held.open(1).await.unwrap();
     held.open(70).await.unwrap();
     held.move_each(300_000).await.unwrap();
@@ -115,7 +131,7 @@ async fn held_connections_answer_and_move_bytes() {
 #[tokio::test]
 async fn held_connections_to_nobody_are_an_error() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let held = Held::start(&NetNs::current().unwrap(), nobody);
+    let held = Held::start(&here(), nobody);
     let error = held.open(1).await.unwrap_err();
     assert!(error.contains("cannot connect"), "{error}");
 }
