@@ -22,7 +22,7 @@ pub struct ServerTunnel {
     peer: SpiffeId,
     address: SocketAddr,
     lifetime: Lifetime,
-    tunnel: Tunnel,
+    tunnel: Box<Tunnel>,
     /// Requests that came together with the peer's first SETTINGS.
     first: Vec<Asked>,
 }

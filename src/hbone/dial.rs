@@ -94,7 +94,7 @@ pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(Clien
 }
 
 /// Owns the tunnel until it ends.
-async fn drive(mut tunnel: Tunnel, lifetime: Lifetime, state: Arc<State>, address: SocketAddr) {
+async fn drive(mut tunnel: Box<Tunnel>, lifetime: Lifetime, state: Arc<State>, address: SocketAddr) {
     let expired = async {
         sleep_until(lifetime.farewell).await;
         // New streams take a new tunnel, made with new certificates.
@@ -125,7 +125,7 @@ impl Drop for ClientTunnel {
 
 impl ClientTunnel {
     /// Begins to drive a tunnel.
-    fn start(tunnel: Tunnel, peer: SpiffeId, lifetime: Lifetime, address: SocketAddr, endpoint: &Endpoint) -> Self {
+    fn start(tunnel: Box<Tunnel>, peer: SpiffeId, lifetime: Lifetime, address: SocketAddr, endpoint: &Endpoint) -> Self {
         let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
         let inbox = tunnel.inbox().clone();
         tokio::spawn(drive(tunnel, lifetime, state.clone(), address));

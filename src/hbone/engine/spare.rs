@@ -16,6 +16,11 @@ pub(super) fn take() -> Vec<u8> {
     SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten().unwrap_or_default()
 }
 
+/// Frees what is kept. Call it now and then: a burst may be long over.
+pub(super) fn clear() {
+    let _ = SPARE.try_with(|spare| spare.borrow_mut().clear());
+}
+
 /// Keeps a buffer for the next who needs one, or frees it.
 pub(super) fn give(mut buffer: Vec<u8>) {
     if buffer.capacity() == 0 || buffer.capacity() > LARGEST {

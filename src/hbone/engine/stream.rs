@@ -131,6 +131,8 @@ pub(super) struct Stream {
     pub(super) shut_down: bool,
     /// It is in the queue of streams that may have something to send.
     pub(super) queued: bool,
+    /// Its last turn fitted into one record.
+    pub(super) sparse: bool,
     /// Received and not yet taken by the application.
     pub(super) backlog: Backlog,
 }
@@ -187,6 +189,7 @@ impl Stream {
             received_end: false,
             shut_down: false,
             queued: false,
+            sparse: true,
             backlog: Backlog::default(),
         }
     }

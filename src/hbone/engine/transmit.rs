@@ -121,6 +121,20 @@ impl Tunnel {
         }
     }
 
+    /// Puts a stream into the queue of those that may have something to send.
+    pub(super) fn enqueue(&mut self, slot: u32) {
+        if let Some(stream) = self.streams.at(slot)
+            && !stream.queued
+            && !stream.sent_end
+            && stream.send_window > 0
+            && stream.application().is_some()
+        {
+            stream.queued = true;
+            // Who sends little goes first, and so never waits for a bulk stream's turn; who sends much loses that at once.
+            if stream.sparse { self.senders.push_front(slot) } else { self.senders.push_back(slot) }
+        }
+    }
+
     fn seal_streams(&mut self, slab: &mut Slab, mut end: usize) -> usize {
         // Each stream gets one turn per slab; a lone one gets all of it.
         let mut turns = self.senders.len();
@@ -183,6 +197,7 @@ impl Tunnel {
                 let moved = i64::try_from(count).unwrap_or(0);
                 self.send_window -= moved;
                 if let Some(stream) = self.streams.at(slot) {
+                    stream.sparse = count <= SLOT_PAYLOAD;
                     stream.send_window -= moved;
                 }
                 let new_end = self.seal_slots(slab, end, id, count);

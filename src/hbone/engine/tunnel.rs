@@ -133,7 +133,8 @@ pub(in crate::hbone) struct Tunnel {
 }
 
 impl Tunnel {
-    pub(in crate::hbone) fn new(established: Established, side: Side, endpoint: Arc<Endpoint>) -> Result<Self, Error> {
+    /// In a box: a thousand bytes that would otherwise be moved from future to future, each keeping room for them.
+    pub(in crate::hbone) fn new(established: Established, side: Side, endpoint: Arc<Endpoint>) -> Result<Box<Self>, Error> {
         let Established { socket, opener, sealer, input, .. } = established;
         let (control, preface_left) = match side {
             Side::Client => (frame::PREFACE.to_vec(), 0),
@@ -142,7 +143,7 @@ impl Tunnel {
         let timer = Box::pin(tokio::time::sleep(endpoint.config.handshake_deadline));
         let windows = Windows::new(&endpoint.budget, endpoint.config.connection_window, endpoint.config.stream_window);
         let stream_window = windows.stream().min(INITIAL_WINDOW);
-        let mut tunnel = Self {
+        let mut tunnel = Box::new(Self {
             socket,
             endpoint,
             windows,
@@ -185,7 +186,7 @@ impl Tunnel {
             ready: Vec::new(),
             commands: VecDeque::new(),
             side,
-        };
+        });
         tunnel.greet();
         tunnel.take_early(&input.plaintext, &input.records)?;
         Ok(tunnel)
@@ -236,19 +237,6 @@ impl Tunnel {
         self.drain_backlog(slot);
         self.check_gone(slot);
         self.enqueue(slot);
-    }
-
-    /// Puts a stream into the queue of those that may have something to send.
-    pub(super) fn enqueue(&mut self, slot: u32) {
-        if let Some(stream) = self.streams.at(slot)
-            && !stream.queued
-            && !stream.sent_end
-            && stream.send_window > 0
-            && stream.application().is_some()
-        {
-            stream.queued = true;
-            self.senders.push_back(slot);
-        }
     }
 
     fn obey(&mut self, command: Command) {

@@ -27,7 +27,7 @@ pub(in crate::hbone) struct Thawed {
     pub(in crate::hbone) peer: SpiffeId,
     pub(in crate::hbone) address: SocketAddr,
     pub(in crate::hbone) lifetime: Lifetime,
-    pub(in crate::hbone) tunnel: Tunnel,
+    pub(in crate::hbone) tunnel: Box<Tunnel>,
     /// In the order in which they wait to send.
     pub(in crate::hbone) streams: Vec<(u32, Role, TcpStream)>,
     /// Takes no new streams.
