@@ -7,6 +7,7 @@
 
 pub mod limits;
 pub mod link;
+pub mod memory;
 pub mod netns;
 pub mod nft;
 pub mod process;

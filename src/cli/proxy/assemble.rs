@@ -58,6 +58,10 @@ fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
         sys::netns::check_may_enter().context("shared mode enters the network namespaces of pods")?;
         settings.pods.mark.map_or(Ok(()), sys::socket::check_may_mark).context("shared mode marks its sockets")?;
     }
+    // Without its thread, memory that was freed goes back to the kernel only while more is asked for: never, on an idle node.
+    if let Err(error) = sys::memory::return_while_idle() {
+        tracing::warn!("memory of past peaks will be kept while the proxy is idle: {error}");
+    }
     let data = Workers::start(settings.workers)?;
     let desk = tokio::runtime::Builder::new_current_thread().thread_name("culvert-desk").enable_all().build()?;
     tracing::info!(mode = ?settings.mode, node = settings.node_name, workers = settings.workers, nofile, "culvert {} starts", env!("CARGO_PKG_VERSION"));
