@@ -17,6 +17,8 @@ mod tunnel_peers;
 mod alerts;
 #[path = "forwarding/credit.rs"]
 mod credit;
+#[path = "forwarding/frames.rs"]
+mod frames;
 #[path = "forwarding/keys.rs"]
 mod keys;
 #[path = "forwarding/opened.rs"]

@@ -7,12 +7,18 @@ mod accept;
 mod budget;
 mod dial;
 mod engine;
-mod hpack;
+pub mod hpack;
 mod lifetime;
 mod moving;
 mod pool;
 mod request;
 mod stream;
+
+/// Walking through HTTP/2 frames (RFC 9113 §4.1) in whatever pieces they arrive. In no signature of the room; public like [`hpack`], for the
+/// fuzz targets and benches.
+pub mod framing {
+    pub use super::engine::{Head, Step, Walker};
+}
 
 use std::time::Duration;
 

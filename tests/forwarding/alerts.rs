@@ -5,9 +5,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::opened::{Farewell, ROLES, open};
 use crate::raw_h2::{ENHANCE_YOUR_CALM, Frame, NO_ERROR};
-use crate::raw_tls::{
-    ALERT, APPLICATION_DATA, CLOSE_NOTIFY, DECODE_ERROR, HANDSHAKE, ILLEGAL_PARAMETER, UNEXPECTED_MESSAGE, key_update, message,
-};
+use crate::raw_tls::{ALERT, APPLICATION_DATA, CLOSE_NOTIFY, DECODE_ERROR, HANDSHAKE, ILLEGAL_PARAMETER, UNEXPECTED_MESSAGE, key_update, message};
 use crate::tunnel_peers::Realm;
 
 fn endpoint() -> Endpoint {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use crate::opened::{ROLES, open, pattern};
 use crate::raw_h2::{
-    self, CANCEL, DATA, FLOW_CONTROL_ERROR, Frame, GOAWAY, INITIAL_WINDOW_SIZE, INTERNAL_ERROR, NO_ERROR, PADDED, PROTOCOL_ERROR, RST_STREAM, RawPeer,
-    SETTINGS, WINDOW_UPDATE,
+    self, CANCEL, DATA, FLOW_CONTROL_ERROR, Frame, GOAWAY, INITIAL_WINDOW_SIZE, INTERNAL_ERROR, NO_ERROR, PADDED, PROTOCOL_ERROR, RST_STREAM,
+    RawPeer, SETTINGS, WINDOW_UPDATE,
 };
 use crate::tunnel_peers::{Application, OurServer, Realm, connect, connected, listen, soon, tls_connect};
 

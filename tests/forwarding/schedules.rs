@@ -27,7 +27,7 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 use crate::stock;
-use crate::transport::{Accident, Fault, Transport, Way};
+use crate::transport::{Accident, Fault, NARROW, Transport, Way};
 use crate::tunnel_peers::{CountingDialer, OurClient, OurServer, Realm, StockClient, connected};
 
 /// Longer than any case needs on a machine that does much else.
@@ -95,8 +95,8 @@ fn total(script: &Script) -> usize {
 async fn play(mut socket: TcpStream, schedule: &Schedule, stream: usize, side: usize) -> Result<End, TestCaseError> {
     let (script, other) = (&schedule.streams[stream][side], &schedule.streams[stream][1 - side]);
     if script.small {
-        SockRef::from(&socket).set_recv_buffer_size(8 << 10).unwrap();
-        SockRef::from(&socket).set_send_buffer_size(8 << 10).unwrap();
+        SockRef::from(&socket).set_recv_buffer_size(NARROW).unwrap();
+        SockRef::from(&socket).set_send_buffer_size(NARROW).unwrap();
     }
     let (mut read, mut write) = socket.split();
     // The kernel tells of a reset once: if a write learns of it, the next read says "end".
@@ -390,10 +390,10 @@ fn run_cases(cases: u32, seed: u64, strategy: &impl Strategy<Value = Schedule>) 
 
 #[test]
 fn random_schedules_bring_the_same_bytes_and_the_same_ends_as_stock_tls_and_h2() {
-    run_cases(16, 3, &schedule(Just(None)));
+    run_cases(60, 3, &schedule(Just(None)));
 }
 
 #[test]
 fn whatever_happens_on_the_way_bytes_are_a_prefix_and_only_whole_ones_have_an_end() {
-    run_cases(24, 4, &schedule(fault()));
+    run_cases(60, 4, &schedule(fault()));
 }

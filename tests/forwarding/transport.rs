@@ -12,6 +12,9 @@ use tokio::task::JoinHandle;
 
 use crate::tunnel_peers::{connect, listen};
 
+/// A small buffer of the kernel, in bytes. Below a segment of loopback (64 KiB) TCP only makes headway by its timers.
+pub(crate) const NARROW: usize = 48 << 10;
+
 /// What happens to a connection on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Accident {
@@ -78,8 +81,8 @@ struct Broken;
 async fn carry(mut near: TcpStream, mut far: TcpStream, way: Way) {
     if way.narrow {
         for socket in [&near, &far] {
-            SockRef::from(socket).set_recv_buffer_size(8 << 10).unwrap();
-            SockRef::from(socket).set_send_buffer_size(8 << 10).unwrap();
+            SockRef::from(socket).set_recv_buffer_size(NARROW).unwrap();
+            SockRef::from(socket).set_send_buffer_size(NARROW).unwrap();
         }
     }
     let fault = |to_server: bool| way.fault.clone().filter(|fault| fault.to_server == to_server);

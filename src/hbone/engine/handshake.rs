@@ -100,9 +100,8 @@ async fn run<C: Handshaking>(mut socket: TcpStream, connection: &mut C) -> Resul
     // What rustls has been shown: all of it, and the whole records of it.
     let (mut shown, mut whole) = (0_usize, 0_usize);
     loop {
-        let (next, discard) = capture_secrets(&mut secrets, || {
-            turn(connection, incoming.get_mut(..shown).unwrap_or_default(), (&mut outgoing, &mut plaintext))
-        });
+        let (next, discard) =
+            capture_secrets(&mut secrets, || turn(connection, incoming.get_mut(..shown).unwrap_or_default(), (&mut outgoing, &mut plaintext)));
         let discard = discard.min(incoming.len());
         incoming.drain(..discard);
         (shown, whole) = (shown.saturating_sub(discard), whole.saturating_sub(discard));
