@@ -282,8 +282,8 @@ async fn a_reader_that_stops_holds_its_window_and_a_thousand_neighbours_go_on() 
     while sent.iter().any(|sent| *sent < EACH) {
         assert!(last.elapsed() < crate::tunnel_peers::PATIENCE, "nobody moves any more");
         let mut batch = Vec::new();
-        let size = credit.take(1, 16 << 10);
-        if size > 0 {
+        // All that it may be sent, at any time.
+        while let size @ 1.. = credit.take(1, 16 << 10) {
             batch.extend(Frame::data(1, vec![9; size]).encode());
             held += size;
         }

@@ -164,6 +164,13 @@ async fn play(mut socket: TcpStream, schedule: &Schedule, stream: usize, side: u
     Ok(End::Left)
 }
 
+/// An application's socket, and the one that the tunnel has for it: what the application does not read is soon more than the kernel holds.
+async fn application() -> (TcpStream, TcpStream) {
+    let (near, far) = connected().await;
+    SockRef::from(&far).set_send_buffer_size(NARROW).unwrap();
+    (near, far)
+}
+
 /// Who builds an end of the tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Maker {
@@ -215,7 +222,7 @@ impl Server {
                         let port = incoming.request().unwrap().authority.to_string().rsplit(':').next().unwrap().parse().unwrap();
                         // An accident may have happened to it.
                         let Ok(stream) = incoming.accept(&ConnectResponse::default()) else { continue };
-                        let (near, far) = connected().await;
+                        let (near, far) = application().await;
                         tokio::spawn(async move { stream.relay(far, Role::Server, &Arc::default()).await });
                         arrived(&expected, port, near);
                     }
@@ -259,13 +266,13 @@ impl Client {
                     forwarded_network: None,
                 };
                 let (stream, _, _) = client.pool.open(&client.key, &client.credential, &request).await.ok()?;
-                let (near, far) = connected().await;
+                let (near, far) = application().await;
                 tokio::spawn(async move { stream.relay(far, Role::Client, &Arc::default()).await });
                 Some(near)
             }
             Self::Stock(client) => {
                 let (_, stream) = client.as_ref()?.open(&authority).await.ok()?;
-                let (near, far) = connected().await;
+                let (near, far) = application().await;
                 tokio::spawn(stock::relay(far, stream));
                 Some(near)
             }

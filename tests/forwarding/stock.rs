@@ -87,6 +87,7 @@ impl Server {
                         let Ok(send) = respond.send_response(http::Response::new(()), false) else { continue };
                         let port = request.uri().port_u16().unwrap();
                         let (near, far) = crate::tunnel_peers::connected().await;
+                        SockRef::from(&far).set_send_buffer_size(crate::transport::NARROW).unwrap();
                         relays.spawn(relay(far, StockStream { send, receive: request.into_body() }));
                         arrived(port, near);
                     }
