@@ -126,7 +126,7 @@ async fn a_goaway_that_leaves_a_live_stream_out_resets_its_application_and_keeps
         let (stream, _, _) = client.pool.open(&client.key, &client.credential, &crate::tunnel_peers::request()).await.unwrap();
         (first, Application::with_small_buffers(stream, Role::Client).await)
     };
-    let ((mut first, mut second), mut peer) = soon(async { tokio::join!(open, serve) }).await;
+    let ((mut first, mut second), mut peer) = soon(Box::pin(async { tokio::join!(open, serve) })).await;
     // More than the application's kernel buffers: some of it waits on our side.
     for _ in 0..12 {
         peer.send(&Frame::data(3, vec![5; 16 << 10])).await;
