@@ -7,15 +7,22 @@ mod accept;
 mod budget;
 mod dial;
 mod engine;
-mod hpack;
+pub mod hpack;
 mod lifetime;
 mod moving;
 mod pool;
 mod request;
 mod stream;
 
+/// Walking through HTTP/2 frames (RFC 9113 §4.1) in whatever pieces they arrive. In no signature of the room; public like [`hpack`], for the
+/// fuzz targets and benches.
+pub mod framing {
+    pub use super::engine::{Head, Step, Walker};
+}
+
 use std::time::Duration;
 
+use crate::forward::record::KEY_LIMIT;
 use crate::lifecycle::Clock;
 
 pub use accept::{Incoming, ServerTunnel, accept};
@@ -84,6 +91,8 @@ pub struct Endpoint {
     pub budget: ReceiveBudget,
     /// Tells when certificates expire.
     pub clock: Clock,
+    /// Records that we seal with one key before we update it. Default and most: [`KEY_LIMIT`] (RFC 8446 §5.5).
+    pub records_per_key: u64,
 }
 
 impl Endpoint {
@@ -93,7 +102,7 @@ impl Endpoint {
     /// With the default budget and the system's clock.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        Self { config, budget: ReceiveBudget::new(Self::RECEIVE_BUDGET), clock: Clock::system() }
+        Self { config, budget: ReceiveBudget::new(Self::RECEIVE_BUDGET), clock: Clock::system(), records_per_key: KEY_LIMIT }
     }
 }
 

@@ -261,6 +261,14 @@ impl StockClient {
         Self { requests, task: tokio::spawn(connection) }
     }
 
+    /// The same over a connection that may break.
+    pub async fn try_connect(address: SocketAddr, credential: &Credential) -> Option<Self> {
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        let stream = TlsConnector::from(credential.client_config()).connect(name, connect(address).await).await.ok()?;
+        let (requests, connection) = h2::client::Builder::new().enable_push(false).handshake(stream).await.ok()?;
+        Some(Self { requests, task: tokio::spawn(connection) })
+    }
+
     /// The status, and the stream when it is 200.
     pub async fn open(&self, authority: &str) -> Result<(u16, StockStream), h2::Error> {
         let uri = http::Uri::builder().authority(authority).build().unwrap();

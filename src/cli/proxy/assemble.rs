@@ -89,7 +89,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let (unauthenticated, per_source) = settings.unauthenticated;
     let node = Arc::new(Node {
         config: settings.proxy.clone(),
-        hbone: Arc::new(Endpoint { config: settings.hbone.clone(), budget: ReceiveBudget::new(settings.receive_budget), clock: Clock::system() }),
+        hbone: Arc::new(Endpoint { budget: ReceiveBudget::new(settings.receive_budget), ..Endpoint::new(settings.hbone.clone()) }),
         mesh: mesh.clone(),
         credentials: credentials.clone(),
         telemetry: telemetry.clone(),

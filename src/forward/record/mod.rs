@@ -11,7 +11,7 @@ mod tests;
 
 pub use keys::{Direction, Suite};
 pub use open::{Opened, Opener};
-pub use seal::Sealer;
+pub use seal::{KEY_LIMIT, Sealer};
 
 /// Octets before the ciphertext: type, legacy version, length.
 pub const HEADER: usize = 5;
@@ -66,6 +66,12 @@ pub enum RecordError {
     /// It is not of a type that may come after the handshake: unexpected_message.
     #[error("a record of an unexpected type")]
     Unexpected,
+    /// A post-handshake message has a field with a value that does not exist: illegal_parameter.
+    #[error("a post-handshake message with an illegal value")]
+    Illegal,
+    /// A post-handshake message or an alert does not have the length of its kind: decode_error.
+    #[error("a malformed post-handshake message")]
+    Malformed,
     /// The sequence number ran out; keys should have been updated long before: internal_error.
     #[error("the record counter is used up")]
     Exhausted,
@@ -79,6 +85,8 @@ impl RecordError {
             Self::Unexpected => 10,
             Self::BadMac => 20,
             Self::Overflow => 22,
+            Self::Illegal => 47,
+            Self::Malformed => 50,
             Self::Exhausted => 80,
         }
     }

@@ -6,7 +6,7 @@ use super::keys::{Direction, Keys};
 use super::{Content, HEADER, MAX_PLAINTEXT, RecordError, TAG, TRAILER};
 
 /// Records sealed with one key before it is updated: below the 2^24.5 full-size records for which AES-GCM keeps its margin (RFC 8446 §5.5).
-const DEFAULT_KEY_LIMIT: u64 = 1 << 24;
+pub const KEY_LIMIT: u64 = 1 << 24;
 
 /// Seals what we send.
 pub struct Sealer {
@@ -19,13 +19,13 @@ impl Sealer {
     /// Continues a direction.
     pub fn new(state: Direction) -> Result<Self, RecordError> {
         let keys = Keys::derive(state.suite, &state.secret)?;
-        Ok(Self { state, keys, key_limit: DEFAULT_KEY_LIMIT })
+        Ok(Self { state, keys, key_limit: KEY_LIMIT })
     }
 
-    /// Lowers the number of records per key.
+    /// Lowers the number of records per key; from 1 to [`KEY_LIMIT`].
     #[must_use]
     pub fn with_key_limit(mut self, records: u64) -> Self {
-        self.key_limit = records.clamp(1, DEFAULT_KEY_LIMIT);
+        self.key_limit = records.clamp(1, KEY_LIMIT);
         self
     }
 

@@ -162,6 +162,10 @@ impl Tunnel {
             self.flush(buffer, next);
             self.end_of(head.stream);
         }
+        if self.streams.slot_of(head.stream).is_none() {
+            // Bytes of a stream that is gone used the tunnel's window too, and no application gives that credit back.
+            self.credit_connection();
+        }
         Ok(())
     }
 
@@ -324,13 +328,17 @@ impl Tunnel {
         self.goaway_received = true;
         for slot in self.streams.slots() {
             let untouched = self.streams.at(slot).is_some_and(|stream| matches!(self.side, Side::Client) && stream.id > last);
-            if untouched && let Some(mut stream) = self.streams.remove(slot) {
-                match std::mem::replace(&mut stream.phase, Phase::Open) {
-                    Phase::Asking(answer) => drop(answer.send(Answered::Unused(Error::Tunnel("the peer is going away".into())))),
-                    Phase::Relaying(mut application) => application.conclude(Ended::Disconnected(std::io::ErrorKind::ConnectionReset.into())),
-                    _ => {}
-                }
+            if !untouched {
+                continue;
             }
+            if let Some(stream) = self.streams.at(slot)
+                && matches!(stream.phase, Phase::Asking(_))
+                && let Phase::Asking(answer) = std::mem::replace(&mut stream.phase, Phase::Open)
+            {
+                let _ = answer.send(Answered::Unused(Error::Tunnel("the peer is going away".into())));
+            }
+            // One that it had answered after all is cut off, which must not look like an end.
+            self.abandon(slot, Ended::Disconnected(std::io::ErrorKind::ConnectionReset.into()), None);
         }
         self.open_waiting();
         if reason == Reason::NO_ERROR {

@@ -82,11 +82,15 @@ impl std::fmt::Display for Reason {
 
 /// The header of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) length: usize,
-    pub(super) kind: u8,
-    pub(super) flags: u8,
-    pub(super) stream: u32,
+pub struct Head {
+    /// Octets of payload.
+    pub length: usize,
+    /// Its type.
+    pub kind: u8,
+    /// Its flags.
+    pub flags: u8,
+    /// The stream that it belongs to; 0 for the connection.
+    pub stream: u32,
 }
 
 impl Head {
@@ -124,25 +128,30 @@ pub(super) fn put(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: 
 
 /// One step through a stream of frames.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub enum Step {
     /// A frame begins.
     Head(Head),
     /// A part of the payload of the frame that began last; `left` octets of it are still to come.
-    Payload { range: Range<usize>, left: usize },
+    Payload {
+        /// Where it is in the buffer.
+        range: Range<usize>,
+        /// Octets of the payload behind it.
+        left: usize,
+    },
     /// All that was there is walked through.
     Empty,
 }
 
 /// Walks through frames. What it keeps between calls is all there is to know about a frame that has only partly arrived.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Walker {
+pub struct Walker {
     pub(super) scratch: Vec<u8>,
     pub(super) left: usize,
 }
 
 impl Walker {
     /// Looks at `buffer[*at..end]` and moves `at` on. A frame without payload yields its head and nothing more.
-    pub(super) fn step(&mut self, buffer: &[u8], at: &mut usize, end: usize) -> Step {
+    pub fn step(&mut self, buffer: &[u8], at: &mut usize, end: usize) -> Step {
         if self.left > 0 {
             let take = self.left.min(end.saturating_sub(*at));
             if take == 0 {

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use super::super::Error;
 use super::{Early, Established};
-use crate::forward::record::{Direction, Opener, RecordError, Sealer, Suite};
+use crate::forward::record::{self, Direction, Opener, RecordError, Sealer, Suite};
 use crate::identity::{Credential, TrafficSecrets, capture_secrets};
 
 /// Octets of a handshake that may be unread by rustls: its own limit is 64 KiB, so this is reached by nothing that could succeed.
@@ -97,11 +97,20 @@ async fn run<C: Handshaking>(mut socket: TcpStream, connection: &mut C) -> Resul
     let mut incoming = Vec::with_capacity(8 << 10);
     let mut outgoing = Vec::new();
     let mut plaintext = Vec::new();
+    // What rustls has been shown: all of it, and the whole records of it.
+    let (mut shown, mut whole) = (0_usize, 0_usize);
     loop {
-        let (next, discard) = capture_secrets(&mut secrets, || turn(connection, &mut incoming, (&mut outgoing, &mut plaintext)));
-        incoming.drain(..discard.min(incoming.len()));
+        let (next, discard) =
+            capture_secrets(&mut secrets, || turn(connection, incoming.get_mut(..shown).unwrap_or_default(), (&mut outgoing, &mut plaintext)));
+        let discard = discard.min(incoming.len());
+        incoming.drain(..discard);
+        (shown, whole) = (shown.saturating_sub(discard), whole.saturating_sub(discard));
         match next {
             Next::Again => {}
+            // One record at a time: it must not open those behind the handshake, where the peer may already change its key.
+            Next::Read if let Some(end) = record_end(&incoming, whole) => (shown, whole) = (end, end),
+            // It may see from the beginning of a record that there is no use in waiting for the rest.
+            Next::Read if shown < incoming.len() => shown = incoming.len(),
             Next::Read => {
                 if incoming.len() > INCOMING_LIMIT {
                     return Err(Error::Tls("the peer sends a handshake without end".into()));
@@ -122,6 +131,13 @@ async fn run<C: Handshaking>(mut socket: TcpStream, connection: &mut C) -> Resul
             }
         }
     }
+}
+
+/// Where the record that starts at `start` ends, if all of it is here.
+fn record_end(incoming: &[u8], start: usize) -> Option<usize> {
+    let [_, _, _, high, low] = incoming.get(start..)?.first_chunk::<{ record::HEADER }>()?;
+    let end = start + record::HEADER + usize::from(u16::from_be_bytes([*high, *low]));
+    (end <= incoming.len()).then_some(end)
 }
 
 /// One step of rustls' state machine.

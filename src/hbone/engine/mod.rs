@@ -31,6 +31,7 @@ use crate::forward::record::{Opener, Sealer};
 
 pub(super) use command::{Answered, Attach, Command};
 pub(super) use frame::Reason;
+pub use frame::{Head, Step, Walker};
 pub(super) use frozen::{Freeze, Thawed};
 pub use frozen::{Frozen, StateError};
 pub(super) use handshake::{connect, welcome};

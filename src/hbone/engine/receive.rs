@@ -8,7 +8,7 @@ use super::super::Error;
 use super::MAX_WINDOW;
 use super::frame::{self, Head, Reason, Step};
 use super::stream::Phase;
-use super::tunnel::{Life, Tunnel};
+use super::tunnel::{Life, Side, Tunnel};
 use crate::forward::Ended;
 use crate::forward::record::{self, Content, Opened, RecordError};
 use crate::forward::slab::Slab;
@@ -116,17 +116,28 @@ impl Tunnel {
                 self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Tunnel(why.into())));
             }
             Broken::Protocol(reason) => self.close(reason, Some(Error::Tunnel(format!("the peer broke the protocol: {reason}")))),
+            Broken::Alert(description) => {
+                let description = rustls::AlertDescription::from(description);
+                self.close(Reason::NO_ERROR, Some(Error::Tunnel(format!("the peer ended the connection with alert {description:?}"))));
+            }
             Broken::Closed => self.ended(),
         }
     }
 
     fn take_record(&mut self, slab: &mut Slab, opened: Opened) -> Result<(), Broken> {
+        // Nothing comes between the pieces of a handshake message, and only application data may be empty (RFC 8446 §5.1, §5.4).
+        let interleaved = !self.post_handshake.is_empty() && opened.content != Content::Handshake;
+        if interleaved || (opened.plaintext.is_empty() && opened.content != Content::ApplicationData) {
+            return Err(Broken::Record(RecordError::Unexpected));
+        }
         match opened.content {
+            Content::ApplicationData if opened.plaintext.is_empty() => self.temper.idle_frame().map_err(Broken::Protocol),
             Content::ApplicationData => self.walk(slab, opened.plaintext).map_err(Broken::Protocol),
             Content::Alert => match slab.get(opened.plaintext) {
                 // close_notify, user_canceled (RFC 8446 §6.1)
                 Some([_, 0 | 90]) => Err(Broken::Closed),
-                _ => Err(Broken::Protocol(Reason::NO_ERROR)),
+                Some([_, description]) => Err(Broken::Alert(*description)),
+                _ => Err(Broken::Record(RecordError::Malformed)),
             },
             Content::Handshake => {
                 let message = slab.get(opened.plaintext).unwrap_or_default().to_vec();
@@ -151,8 +162,8 @@ impl Tunnel {
             }
             let body: Vec<u8> = self.post_handshake.drain(..4 + length).skip(4).collect();
             match (kind, body.as_slice()) {
-                // We never resume a session.
-                (NEW_SESSION_TICKET, _) => {}
+                // We never resume a session. Only servers give tickets.
+                (NEW_SESSION_TICKET, _) if self.side == Side::Client => {}
                 // Keys may change only between records (RFC 8446 §5.1).
                 (KEY_UPDATE, [asked @ (0 | 1)]) if self.post_handshake.is_empty() => {
                     self.opener.update().map_err(Broken::Record)?;
@@ -160,6 +171,8 @@ impl Tunnel {
                         self.update_key();
                     }
                 }
+                (KEY_UPDATE, [_]) if self.post_handshake.is_empty() => return Err(Broken::Record(RecordError::Illegal)),
+                (KEY_UPDATE, body) if body.len() != 1 => return Err(Broken::Record(RecordError::Malformed)),
                 _ => return Err(Broken::Record(RecordError::Unexpected)),
             }
         }
@@ -304,6 +317,8 @@ impl Tunnel {
 enum Broken {
     Record(RecordError),
     Protocol(Reason),
+    /// An alert of the peer.
+    Alert(u8),
     Closed,
 }
 

@@ -19,6 +19,8 @@ const SLOT_PAYLOAD: usize = MAX_PLAINTEXT - frame::HEADER;
 const SLOT: usize = record::HEADER + MAX_PLAINTEXT + record::TRAILER;
 /// Where the payload begins in a slot.
 const PAYLOAD_AT: usize = record::HEADER + frame::HEADER;
+/// Octets of a slab that are kept for small records that cannot wait until it is written: answers to KeyUpdates, an alert.
+const RESERVED: usize = 1024;
 /// Slots of one read.
 const MAX_SLOTS: usize = 16;
 /// Slabs that are filled before the other direction gets its turn.
@@ -95,7 +97,8 @@ impl Tunnel {
         let mut taken = 0;
         while let Some(rest) = self.control.get(taken..).filter(|rest| !rest.is_empty()) {
             let size = rest.len().min(MAX_PLAINTEXT);
-            let Some(slot) = slab.get_mut(end..end + Sealer::sealed_length(size)) else { break };
+            let most = slab.len() - RESERVED;
+            let Some(slot) = slab.get_mut(..most).and_then(|slab| slab.get_mut(end..end + Sealer::sealed_length(size))) else { break };
             if let (Some(room), Some(bytes)) = (slot.get_mut(record::HEADER..record::HEADER + size), rest.get(..size)) {
                 room.copy_from_slice(bytes);
             }
@@ -139,7 +142,7 @@ impl Tunnel {
         // Each stream gets one turn per slab; a lone one gets all of it.
         let mut turns = self.senders.len();
         let share = if turns == 1 { usize::MAX } else { QUANTUM };
-        while turns > 0 && self.send_window > 0 && slab.len() - end >= SLOT {
+        while turns > 0 && self.send_window > 0 && slab.len() - RESERVED >= end + SLOT {
             turns -= 1;
             let Some(slot) = self.senders.pop_front() else { break };
             match self.seal_stream(slab, end, slot, share) {
@@ -260,7 +263,8 @@ fn read_into_slots(socket: &tokio::net::TcpStream, slab: &mut Slab, end: usize, 
     let mut pieces: [IoSliceMut<'_>; MAX_SLOTS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
     let mut used = 0;
     let mut left = allowed;
-    let Some(room) = slab.get_mut(end..) else { return Err(io::ErrorKind::WouldBlock.into()) };
+    let most = slab.len() - RESERVED;
+    let Some(room) = slab.get_mut(end..most) else { return Err(io::ErrorKind::WouldBlock.into()) };
     for (piece, slot) in pieces.iter_mut().zip(room.chunks_exact_mut(SLOT)) {
         if left == 0 {
             break;

@@ -143,6 +143,7 @@ impl Tunnel {
         let timer = Box::pin(tokio::time::sleep(endpoint.config.handshake_deadline));
         let windows = Windows::new(&endpoint.budget, endpoint.config.connection_window, endpoint.config.stream_window);
         let stream_window = windows.stream().min(INITIAL_WINDOW);
+        let sealer = sealer.with_key_limit(endpoint.records_per_key);
         let mut tunnel = Box::new(Self {
             socket,
             endpoint,

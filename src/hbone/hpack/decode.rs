@@ -5,7 +5,7 @@ use super::tables::{Dynamic, STATIC};
 
 /// Why a header block ends the connection with COMPRESSION_ERROR (RFC 9113 §4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(in crate::hbone) enum HpackError {
+pub enum HpackError {
     /// The block ends in the middle of a field.
     #[error("header block is cut off")]
     Truncated,
@@ -36,7 +36,7 @@ const BOMB: usize = 4;
 
 /// Decodes header blocks; holds at most 4 KiB of table.
 #[derive(Debug, Clone)]
-pub(in crate::hbone) struct Decoder {
+pub struct Decoder {
     table: Dynamic,
     name: Vec<u8>,
     value: Vec<u8>,
@@ -68,7 +68,10 @@ impl Decoder {
 
     /// Decodes one whole block. Fields go to `visit` as long as their decoded size, counted as in RFC 9113 §6.5.2 (32 octets more than name
     /// and value), stays within `budget`; returns whether all of them did. The rest is still decoded, since it changes the table.
-    pub(in crate::hbone) fn decode(&mut self, mut block: &[u8], budget: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<bool, HpackError> {
+    ///
+    /// # Errors
+    /// Why the block is malformed, or decodes to more than four times `budget`. The decoder must not be used any more.
+    pub fn decode(&mut self, mut block: &[u8], budget: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<bool, HpackError> {
         let mut left = Some(budget);
         let mut total = 0;
         let mut spend = |name: &[u8], value: &[u8]| {

@@ -5,7 +5,8 @@ mod encode;
 mod huffman;
 mod tables;
 
-pub(super) use decode::{Decoder, HpackError, TABLE_LIMIT};
+pub(super) use decode::TABLE_LIMIT;
+pub use decode::{Decoder, HpackError};
 pub(super) use encode::{header, status};
 
 #[cfg(test)]
