@@ -1,8 +1,10 @@
 //! KeyUpdate (RFC 8446 §4.6.3): the peer's with and without a request for ours, and ours when a key has sealed enough.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use culvert::hbone::{Config, Endpoint};
+use culvert::telemetry::Meter;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::opened::{Opened, ROLES, open, pattern};
@@ -94,6 +96,22 @@ async fn a_key_update_may_come_in_pieces_and_several_may_come_at_once() {
     }
 }
 
+/// Octets of the next DATA frame.
+async fn payload(peer: &mut RawPeer<RawTls>) -> usize {
+    let frame = peer.next().await.expect("the tunnel ended");
+    assert_eq!(frame.kind, crate::raw_h2::DATA);
+    frame.payload.len()
+}
+
+/// Waits until no application's bytes move any more.
+async fn still(meters: &[Arc<Meter>]) {
+    let (mut before, mut now) = (0, 0);
+    while now == 0 || now != before {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        (before, now) = (now, meters.iter().map(|meter| meter.totals().1).sum());
+    }
+}
+
 #[tokio::test]
 async fn a_request_for_our_key_is_answered_although_the_peer_does_not_read_and_streams_are_busy() {
     let realm = Realm::new();
@@ -109,16 +127,27 @@ async fn a_request_for_our_key_is_answered_although_the_peer_does_not_read_and_s
         applications.push(server.accept_one().await);
         assert_eq!(soon(peer.expect_status(number * 2 + 1)).await.0, "200");
     }
-    let bytes = pattern(1 << 20);
+    let bytes = pattern(2 << 20);
     let expected = bytes.len() * applications.len();
     let (mut readers, mut floods) = (Vec::new(), Vec::new());
+    let meters: Vec<_> = applications.iter().map(|application| application.meter.clone()).collect();
     for application in applications {
         let (read, mut write) = application.socket.into_split();
         let bytes = bytes.clone();
         readers.push(read);
         floods.push(tokio::spawn(async move { write.write_all(&bytes).await.map(|()| write) }));
     }
-    // Our side has filled all that it can: the kernel's buffers and its own. It still reads, which stream 1's application shows.
+    // Until our side has filled all that it can, the kernel's buffers and its own; once more after a part was read, now that every application
+    // has more for it than a turn takes: then its slab is full.
+    let mut received = 0;
+    for part in [0, 8 << 20] {
+        while received < part {
+            received += soon(payload(&mut peer)).await;
+        }
+        still(&meters).await;
+    }
+    assert!(meters.iter().map(|meter| meter.totals().1).sum::<u64>() < expected as u64, "all of it fits into the kernel's buffers");
+    // It still reads, which stream 1's application shows.
     peer.send(&Frame::data(1, *b"x")).await;
     let mut got = [0];
     soon(readers[0].read_exact(&mut got)).await.unwrap();
@@ -127,11 +156,8 @@ async fn a_request_for_our_key_is_answered_although_the_peer_does_not_read_and_s
         peer.send(&Frame::data(1, *b"y")).await;
         soon(readers[0].read_exact(&mut got)).await.unwrap();
     }
-    let mut received = 0;
     while received < expected {
-        let Some(frame) = soon(peer.next()).await else { panic!("the tunnel ended: {:?}", server.ended.recv().await) };
-        assert_eq!(frame.kind, crate::raw_h2::DATA, "{:?}", server.ended.recv().await);
-        received += frame.payload.len();
+        received += soon(payload(&mut peer)).await;
     }
     assert!(!peer.io.updates.is_empty());
     for flood in floods {
