@@ -1,6 +1,8 @@
 //! Meshes in network namespaces, with the real binary: what a user of a cluster would see.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation)]
 
+#[path = "../support/bulk.rs"]
+mod bulk;
 #[path = "../support/caller.rs"]
 mod caller;
 #[path = "../support/mesh.rs"]

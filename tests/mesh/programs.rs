@@ -12,6 +12,7 @@ use culvert::lab::Place;
 use culvert::sys::netns::NetNs;
 use serde_json::Value;
 
+use crate::bulk::{GIBIBYTE, gibibyte_each_way};
 use crate::mesh::{Mesh, PATIENCE, alone, echo_on, installed, report, serve_echo, wait_until};
 
 const NGINX: &str = r#"
@@ -173,43 +174,6 @@ pods:
   - {name: server, serviceAccount: server, node: right}
 "#;
 
-const GIBIBYTE: usize = 1 << 30;
-
-/// SHA-256 by the library that also does the proxy's TLS.
-fn hash() -> Box<dyn rustls::crypto::hash::Context> {
-    let suite = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
-    suite.tls13().unwrap().common.hash_provider.start()
-}
-
-/// Sends a gibibyte in which every 64 KiB differ, in writes of odd sizes, then ends the stream; returns its hash.
-fn send_gibibyte(mut socket: &TcpStream, seed: u8) -> Vec<u8> {
-    let mut block: Vec<u8> = (0..65_536_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8 ^ seed).collect();
-    let mut hash = hash();
-    for number in 0..GIBIBYTE / block.len() {
-        block[..8].copy_from_slice(&number.to_be_bytes());
-        hash.update(&block);
-        let (first, second) = block.split_at(number * 37 % block.len());
-        socket.write_all(first).unwrap();
-        socket.write_all(second).unwrap();
-    }
-    socket.shutdown(Shutdown::Write).unwrap();
-    hash.finish().as_ref().to_vec()
-}
-
-/// Reads to the end; returns how much it was, and its hash.
-fn receive(mut socket: &TcpStream) -> (usize, Vec<u8>) {
-    let (mut hash, mut total, mut buffer) = (hash(), 0, vec![0; 256 << 10]);
-    loop {
-        match socket.read(&mut buffer).unwrap() {
-            0 => return (total, hash.finish().as_ref().to_vec()),
-            read => {
-                hash.update(&buffer[..read]);
-                total += read;
-            }
-        }
-    }
-}
-
 #[test]
 fn a_gibibyte_each_way_at_the_same_time_arrives_intact() {
     let _alone = alone();
@@ -219,16 +183,7 @@ fn a_gibibyte_each_way_at_the_same_time_arrives_intact() {
     let (server, _) = listener.accept().unwrap();
     server.set_read_timeout(Some(PATIENCE)).unwrap();
     server.set_write_timeout(Some(PATIENCE)).unwrap();
-    let since = Instant::now();
-    thread::scope(|scope| {
-        let up = scope.spawn(|| send_gibibyte(&client, 1));
-        let down = scope.spawn(|| send_gibibyte(&server, 2));
-        let at_server = scope.spawn(|| receive(&server));
-        let at_client = receive(&client);
-        assert_eq!(at_server.join().unwrap(), (GIBIBYTE, up.join().unwrap()), "client to server");
-        assert_eq!(at_client, (GIBIBYTE, down.join().unwrap()), "server to client");
-    });
-    let took = since.elapsed();
+    let took = gibibyte_each_way(&client, &server);
     report(&format!("2 x 1 GiB in {took:.1?}, {:.0} MB/s both ways together", 2.0 * GIBIBYTE as f64 / 1e6 / took.as_secs_f64()));
     drop((client, server));
     for (node, reporter) in [("left", "reporter=\"source\""), ("right", "reporter=\"destination\"")] {

@@ -232,11 +232,16 @@ impl Mesh {
 
 /// Whether a program of a Debian package is there. Where `CI` is `true` it must be; elsewhere its test is skipped and says so.
 pub fn installed(program: &str, package: &str) -> bool {
+    installed_by(program, &format!("apt-get install {package}"))
+}
+
+/// The same for a program that another command installs.
+pub fn installed_by(program: &str, command: &str) -> bool {
     let path = format!("{}:/usr/local/sbin:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let found = path.split(':').any(|directory| std::path::Path::new(directory).join(program).is_file());
     if !found {
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "{program} is missing: apt-get install {package}");
-        report(&format!("skipped, because {program} is missing: apt-get install {package}"));
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "{program} is missing: {command}");
+        report(&format!("skipped, because {program} is missing: {command}"));
     }
     found
 }
