@@ -95,7 +95,8 @@ impl Ground {
         let log = fs::File::create(files.path().join("log")).unwrap();
         let file = format!("{path}/envoy.yaml");
         // One worker: what shares a tunnel is decided by the protocol, not by the thread that took a connection.
-        let arguments = ["envoy", "--disable-hot-restart", "--concurrency", "1", "--drain-strategy", "immediate", "-l", "warning", "-c", &file];
+        let options = "--disable-hot-restart --concurrency 1 --drain-strategy immediate --file-flush-interval-msec 100 -l warning -c";
+        let arguments: Vec<&str> = ["envoy"].into_iter().chain(options.split(' ')).chain([file.as_str()]).collect();
         let mut command = mesh.lab().command(Place::Pod("envoy"), &arguments);
         let envoy = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         let mut ground = Self { envoy, mesh, files };
@@ -157,7 +158,6 @@ impl Ground {
 
     /// Waits for a line of Envoy's access log.
     pub(crate) fn wait_for_access(&self, expected: &str) {
-        // It is written at the latest every ten seconds; `/reopen_logs` does not do it earlier.
         let mut text = String::new();
         let found = until(|| {
             text.clear();
