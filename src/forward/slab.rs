@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 /// Octets of a slab: sixteen full records and room for control frames beside them.
 pub const SLAB: usize = 17 * 16_406;
-/// Slabs that a thread keeps for the next who needs one: 16 × 272 KiB. More are given back to the allocator.
-const KEPT: usize = 16;
+/// Slabs that a thread keeps for the next who needs one: 4 × 272 KiB. A tunnel at work holds two. More are given back to the allocator.
+const KEPT: usize = 4;
 
 /// A slab that nobody needed for so long is given back to the allocator.
 const UNUSED: Duration = Duration::from_secs(5);
