@@ -1,9 +1,22 @@
 //! The forwarding core of a tunnel: TLS records and HTTP/2 frames of CONNECT streams in one task, without a copy, an allocation or a lock per
 //! record (design §4).
 //!
-//! Why an HTTP/2 of our own and not `h2` with DATA taken out below it: the state of a live tunnel must be movable to another process, and the
-//! tables inside `h2` (HPACK, streams, settings) cannot be read out or set; and a stream's bytes would still wake two tasks. The stock stack stays
-//! in the tests as the oracle.
+//! Why an HTTP/2 of our own, and not `h2` with DATA taken out below it: the state of a live tunnel must be movable to another process (design §4),
+//! and the tables inside `h2` (HPACK, streams, settings) can be neither read out nor set; so that seam was not prototyped. What the choice is
+//! worth was measured against this house on stock `h2` 0.4.20 and tokio-rustls, as it was before, both in one run (`culvert lab bench --peer`,
+//! two rounds of 2 s, 2 cores, one worker each, CPU of both proxies):
+//!
+//! | | stock | here | |
+//! |---|---|---|---|
+//! | bulk, 1 stream: CPU s/GB; Gbit/s | 0.830; 14.5 | 0.564; 20.3 | 0.68; 1.42 |
+//! | requests, 1 connection: CPU s/1,000; p50 µs | 0.0552; 72.0 | 0.0430; 62.1 | 0.78; 0.86 |
+//! | requests, 32 connections: CPU s/1,000; per s | 0.0256; 39,440 | 0.0133; 73,814 | 0.52; 1.87 |
+//! | new connections: CPU s/1,000; per s | 0.145; 6,858 | 0.0854; 11,400 | 0.59; 1.66 |
+//! | lines without comments, record layer included | 1,567 | 5,224 | 917 of them move a live tunnel |
+//!
+//! The figures also have what else changed around the tunnel since. Conformance: the tests of the tunnel were written against the
+//! stock stack and pass here; random schedules through both give the same bytes and ends (`tests/forwarding`), and the stock stack stays in the
+//! tests as the oracle.
 
 mod clock;
 mod command;
