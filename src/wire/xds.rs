@@ -1,0 +1,163 @@
+//! Delta xDS, package `envoy.service.discovery.v3`: what changed in the mesh since the client last heard (reference, dataplane §5.3–5.5).
+//! Fields that no peer of ours uses are left out; they are skipped when they come.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+
+use super::google::{Any, Status, Struct};
+
+/// The one method: a stream of requests for a stream of responses, any number of types on it.
+pub const DELTA_METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
+/// Type of [`Address`](super::workload::Address).
+pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
+
+/// Type of a bare [`Workload`](super::workload::Workload); istiod serves it, our client does not ask for it.
+pub const WORKLOAD_TYPE: &str = "type.googleapis.com/istio.workload.Workload";
+
+/// Type of [`Authorization`](super::authorization::Authorization).
+pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
+
+/// The name that stands for every resource of a type. A type of which no name was ever subscribed is subscribed to it.
+pub const WILDCARD: &str = "*";
+
+/// Client → server.
+#[derive(Clone, PartialEq, Message)]
+pub struct DeltaDiscoveryRequest {
+    /// Who asks; only in the first request of a type.
+    #[prost(message, optional, tag = "1")]
+    pub node: Option<Node>,
+    /// What kind of resource this is about.
+    #[prost(string, tag = "2")]
+    pub type_url: String,
+    /// Names to add to the subscription.
+    #[prost(string, repeated, tag = "3")]
+    pub resource_names_subscribe: Vec<String>,
+    /// Names to take out of it.
+    #[prost(string, repeated, tag = "4")]
+    pub resource_names_unsubscribe: Vec<String>,
+    /// What the client still has from an earlier stream, name to version; only in the first request of a type.
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub initial_resource_versions: BTreeMap<String, String>,
+    /// The nonce of the response that this request answers; empty if it answers none.
+    #[prost(string, tag = "6")]
+    pub response_nonce: String,
+    /// Why something in that response was refused; absent is an ACK.
+    #[prost(message, optional, tag = "7")]
+    pub error_detail: Option<Status>,
+}
+
+/// Server → client.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct DeltaDiscoveryResponse {
+    /// Version of the server's whole state, for people.
+    #[prost(string, tag = "1")]
+    pub system_version_info: String,
+    /// Added and changed.
+    #[prost(message, repeated, tag = "2")]
+    pub resources: Vec<Resource>,
+    /// What kind of resource this is about.
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    /// To be given back in the answer.
+    #[prost(string, tag = "5")]
+    pub nonce: String,
+    /// Names of what is gone. Names that never existed are legal.
+    #[prost(string, repeated, tag = "6")]
+    pub removed_resources: Vec<String>,
+}
+
+/// One added or changed resource.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Resource {
+    /// Changes with the content; istiod leaves it empty for Authorization.
+    #[prost(string, tag = "1")]
+    pub version: String,
+    /// The content.
+    #[prost(message, optional, tag = "2")]
+    pub resource: Option<Any>,
+    /// The name it has, whatever name it was asked for by.
+    #[prost(string, tag = "3")]
+    pub name: String,
+    /// Other names by which it can be asked for.
+    #[prost(string, repeated, tag = "4")]
+    pub aliases: Vec<String>,
+}
+
+/// `envoy.config.core.v3.Node`: who the client is.
+#[derive(Clone, PartialEq, Message)]
+pub struct Node {
+    /// `<role>~<IP>~<pod>.<namespace>~<namespace>.svc.cluster.local`.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// Not used for node proxies.
+    #[prost(string, tag = "2")]
+    pub cluster: String,
+    /// Members such as `NAMESPACE` and `NODE_NAME`.
+    #[prost(message, optional, tag = "3")]
+    pub metadata: Option<Struct>,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn a_first_request_has_its_golden_bytes() {
+        let request = DeltaDiscoveryRequest {
+            node: Some(Node { id: "z".into(), cluster: String::new(), metadata: Some([("N", "n")].into_iter().collect()) }),
+            type_url: "t".into(),
+            resource_names_subscribe: vec!["*".into()],
+            resource_names_unsubscribe: vec!["*".into()],
+            initial_resource_versions: [("a".to_owned(), "1".to_owned()), ("b".to_owned(), String::new())].into(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        let node = b"\x0a\x0f\x0a\x01z\x1a\x0a\x0a\x08\x0a\x01N\x12\x03\x1a\x01n";
+        // A map entry leaves out an empty value.
+        let tail = b"\x12\x01t\x1a\x01*\x22\x01*\x2a\x06\x0a\x01a\x12\x011\x2a\x03\x0a\x01b";
+        assert_eq!(request.encode_to_vec(), [&node[..], &tail[..]].concat());
+        assert_eq!(DeltaDiscoveryRequest::decode(&[&node[..], &tail[..]].concat()[..]).unwrap(), request);
+    }
+
+    #[test]
+    fn an_ack_and_a_nack_have_their_golden_bytes() {
+        let ack = DeltaDiscoveryRequest { type_url: "t".into(), response_nonce: "n".into(), ..DeltaDiscoveryRequest::default() };
+        assert_eq!(ack.encode_to_vec(), b"\x12\x01t\x32\x01n");
+        let nack = DeltaDiscoveryRequest { error_detail: Some(Status { code: 0, message: "a: no".into() }), ..ack };
+        assert_eq!(nack.encode_to_vec(), b"\x12\x01t\x32\x01n\x3a\x07\x12\x05a: no");
+    }
+
+    #[test]
+    fn a_response_has_its_golden_bytes_and_shares_the_memory_of_its_resources() {
+        let resource = Resource {
+            version: "v".into(),
+            resource: Some(Any { type_url: "t".into(), value: Bytes::from_static(b"xy") }),
+            name: "n".into(),
+            aliases: vec!["a".into()],
+        };
+        let response = DeltaDiscoveryResponse {
+            system_version_info: "s".into(),
+            resources: vec![resource],
+            type_url: "t".into(),
+            nonce: "1".into(),
+            removed_resources: vec!["gone".into()],
+        };
+        let bytes = Bytes::from_static(b"\x0a\x01s\x12\x12\x0a\x01v\x12\x07\x0a\x01t\x12\x02xy\x1a\x01n\x22\x01a\x22\x01t\x2a\x011\x32\x04gone");
+        assert_eq!(response.encode_to_vec(), bytes);
+        let decoded = DeltaDiscoveryResponse::decode(bytes.clone()).unwrap();
+        assert_eq!(decoded, response);
+        let value = decoded.resources[0].resource.as_ref().unwrap().value.as_ptr();
+        assert!(bytes.as_ptr_range().contains(&value), "the content was copied");
+    }
+
+    #[test]
+    fn fields_that_we_do_not_use_are_skipped() {
+        // Node.locality (4) and Resource.ttl (6).
+        assert_eq!(Node::decode(&b"\x0a\x01z\x22\x02\x0a\x00"[..]).unwrap().id, "z");
+        assert_eq!(Resource::decode(&b"\x1a\x01n\x32\x02\x08\x01"[..]).unwrap().name, "n");
+    }
+}
