@@ -32,3 +32,5 @@ mod seam;
 mod streams;
 #[path = "tunnel/windows.rs"]
 mod windows;
+#[path = "tunnel/within.rs"]
+mod within;

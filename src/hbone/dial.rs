@@ -14,10 +14,13 @@ use tokio::time::{Instant, sleep_until};
 use super::engine::{self, Answered, Command, Inbox, Next, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
 use super::moving::{MovedStream, Mover};
-use super::stream::TunnelStream;
+use super::stream::{Relaying, TunnelStream};
 use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen};
 use crate::identity::{Credential, expect_peer};
 use crate::model::SpiffeId;
+
+/// How long the stream below a tunnel may take to end after the tunnel.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A tunnel that we opened. Dropping the last handle and the last stream closes it.
 pub struct ClientTunnel {
@@ -57,16 +60,20 @@ impl State {
     }
 }
 
+/// What a tunnel is made on.
+pub(super) struct Way {
+    pub(super) socket: TcpStream,
+    /// The peer, for messages.
+    pub(super) address: SocketAddr,
+    /// The stream of another tunnel on whose application side the socket is. It may finish when the tunnel has ended.
+    pub(super) outer: Option<Relaying>,
+}
+
 /// Makes a tunnel on a connected socket: TLS with our credential within
 /// [`Config::handshake_deadline`](super::Config::handshake_deadline), and the peer must be one of `expected`. Streams may be opened before the
 /// peer's first SETTINGS arrive, which saves a round trip; a peer that has not sent them by the deadline loses the tunnel.
-pub(super) async fn handshake(
-    socket: TcpStream,
-    credential: &Credential,
-    expected: &[SpiffeId],
-    endpoint: &Arc<Endpoint>,
-) -> Result<ClientTunnel, Error> {
-    let address = socket.peer_addr().map_err(Error::Connect)?;
+pub(super) async fn handshake(way: Way, credential: &Credential, expected: &[SpiffeId], endpoint: &Arc<Endpoint>) -> Result<ClientTunnel, Error> {
+    let Way { socket, address, outer } = way;
     let deadline = endpoint.config.handshake_deadline;
     let established = match tokio::time::timeout(deadline, Box::pin(engine::connect(socket, credential))).await {
         Ok(established) => established?,
@@ -75,13 +82,13 @@ pub(super) async fn handshake(
     let peer = expect_peer(&established.chain, expected)?;
     let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
     let tunnel = Tunnel::new(established, Side::Client, endpoint.clone())?;
-    Ok(ClientTunnel::start(tunnel, peer, lifetime, address, endpoint))
+    Ok(ClientTunnel::start(tunnel, peer, lifetime, (address, outer), endpoint))
 }
 
 /// Takes a frozen tunnel up, with its streams; they have their places among the tunnel's again.
 pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
     let Thawed { peer, address, lifetime, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
-    let tunnel = ClientTunnel::start(tunnel, peer, lifetime, address, endpoint);
+    let tunnel = ClientTunnel::start(tunnel, peer, lifetime, (address, None), endpoint);
     tunnel.state.closed.store(leaving, Ordering::Release);
     let (state, inbox) = (&tunnel.state, &tunnel.inbox);
     let streams = streams.into_iter().map(|(id, role, socket)| {
@@ -125,10 +132,17 @@ impl Drop for ClientTunnel {
 
 impl ClientTunnel {
     /// Begins to drive a tunnel.
-    fn start(tunnel: Box<Tunnel>, peer: SpiffeId, lifetime: Lifetime, address: SocketAddr, endpoint: &Endpoint) -> Self {
+    fn start(tunnel: Box<Tunnel>, peer: SpiffeId, lifetime: Lifetime, (address, outer): (SocketAddr, Option<Relaying>), endpoint: &Endpoint) -> Self {
         let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
         let inbox = tunnel.inbox().clone();
-        tokio::spawn(drive(tunnel, lifetime, state.clone(), address));
+        let driven = drive(tunnel, lifetime, state.clone(), address);
+        tokio::spawn(async move {
+            driven.await;
+            if let Some(outer) = outer {
+                // Its peer has nothing left to say to us; one that does not end its direction gets a reset.
+                let _ = tokio::time::timeout(FAREWELL, outer).await;
+            }
+        });
         Self { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams), lifetime }
     }
 

@@ -13,6 +13,7 @@ mod moving;
 mod pool;
 mod request;
 mod stream;
+mod within;
 
 /// Walking through HTTP/2 frames (RFC 9113 §4.1) in whatever pieces they arrive. In no signature of the room; public like [`hpack`], for the
 /// fuzz targets and benches.
@@ -33,6 +34,7 @@ pub use moving::{MovedStream, Mover};
 pub use pool::{Dialer, Pool, PoolKey};
 pub use request::{BadRequest, ConnectRequest, ConnectResponse, Refusal};
 pub use stream::{Relaying, Role, TunnelStream};
+pub use within::Inner;
 
 /// The port of HBONE on pods (reference, dataplane §1.1).
 pub const PORT: u16 = 15008;
@@ -49,7 +51,7 @@ pub struct Config {
     pub connection_window: u32,
     /// Largest frame that we accept, bytes; one is held per tunnel. Default 1 MiB (`HTTP2_FRAME_SIZE`).
     pub frame_size: u32,
-    /// Streams served at once per tunnel. Default 256.
+    /// Streams served at once per tunnel. Default 256. Of those that a peer opens before it has acknowledged this, four times as many.
     pub max_streams: u32,
     /// Largest decoded header list that we accept, bytes; beyond it 431, beyond four times it the tunnel ends. Default 8 KiB.
     pub header_list: u32,
@@ -145,6 +147,14 @@ pub enum Error {
     /// The tunnel closed while the request waited for it.
     #[error("the pool is draining")]
     Draining,
+    /// The tunnel through a gateway stands, and the one within it does not.
+    #[error("beyond gateway {gateway}: {error}")]
+    Within {
+        /// The gateway.
+        gateway: std::net::SocketAddr,
+        /// What happened behind it.
+        error: Box<Self>,
+    },
     /// A PING was not answered.
     #[error("no answer to PING within {0:?}")]
     PingTimeout(Duration),

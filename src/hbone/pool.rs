@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::dial::{ClientTunnel, OpenError, StreamSlot, handshake, take_up};
+use super::dial::{ClientTunnel, OpenError, StreamSlot, Way, handshake, take_up};
 use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen, MovedStream, Mover, TunnelStream};
 use crate::identity::Credential;
 use crate::model::{SpiffeId, Text};
@@ -127,6 +127,10 @@ impl Pool {
                 }
             }
         }
+    }
+
+    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.shared.endpoint
     }
 
     /// A tunnel with a free place; dials one if there is none.
@@ -269,7 +273,8 @@ impl Shared {
             io::ErrorKind::TimedOut => Error::ConnectTimeout(key.next_hop),
             _ => Error::Connect(error),
         })?;
-        handshake(socket, credential, &key.expected, &self.endpoint).await
+        let way = Way { socket, address: key.next_hop, outer: None };
+        handshake(way, credential, &key.expected, &self.endpoint).await
     }
 }
 

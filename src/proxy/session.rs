@@ -76,14 +76,7 @@ impl Error {
             Self::Rejected(_) | Self::Cut(_) => ResponseFlag::Denied,
             Self::Identity(_) | Self::Name(_) => ResponseFlag::IdentityError,
             Self::Drained => ResponseFlag::Ok,
-            Self::Tunnel(error) => match error.as_ref() {
-                hbone::Error::Tls(_) | hbone::Error::Peer(_) => ResponseFlag::TlsFailure,
-                hbone::Error::Handshake(_) | hbone::Error::Tunnel(_) | hbone::Error::HandshakeDeadline(_) | hbone::Error::PingTimeout(_) => {
-                    ResponseFlag::H2Failure
-                }
-                hbone::Error::ConnectTimeout(_) => ResponseFlag::NetworkPolicy,
-                hbone::Error::Connect(_) | hbone::Error::Status(_) | hbone::Error::Draining => ResponseFlag::Connect,
-            },
+            Self::Tunnel(error) => tunnel_flag(error),
             _ => ResponseFlag::Connect,
         }
     }
@@ -112,6 +105,18 @@ impl Error {
             _ => None,
         };
         ConnectionEnd { flag: self.flag(), error: Some(self.to_string()), policy }
+    }
+}
+
+fn tunnel_flag(error: &hbone::Error) -> ResponseFlag {
+    match error {
+        hbone::Error::Tls(_) | hbone::Error::Peer(_) => ResponseFlag::TlsFailure,
+        hbone::Error::Handshake(_) | hbone::Error::Tunnel(_) | hbone::Error::HandshakeDeadline(_) | hbone::Error::PingTimeout(_) => {
+            ResponseFlag::H2Failure
+        }
+        hbone::Error::ConnectTimeout(_) => ResponseFlag::NetworkPolicy,
+        hbone::Error::Connect(_) | hbone::Error::Status(_) | hbone::Error::Draining => ResponseFlag::Connect,
+        hbone::Error::Within { error, .. } => tunnel_flag(error),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Everything acts on the namespace of the calling thread; for a pod's sockets call inside [`NetNs::run`](super::netns::NetNs::run).
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -162,6 +162,16 @@ pub fn dial_socket(target: SocketAddr, source: Option<SocketAddr>, options: &Dia
         }
     }
     Ok((plain_socket(target_ip, options)?, false))
+}
+
+/// Two ends of a connection within this process, non-blocking: what is written to one is read from the other, and the end of one is the end of the
+/// other. They do what connected TCP sockets do but for having addresses; a reset is an end to the other side.
+///
+/// # Errors
+/// When no descriptors are left.
+pub fn pair() -> io::Result<(TcpStream, TcpStream)> {
+    let (one, other) = Socket::pair(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    Ok((one.into(), other.into()))
 }
 
 fn plain_socket(target: IpAddr, options: &DialOptions) -> io::Result<Socket> {

@@ -168,6 +168,7 @@ async fn resets_that_the_peer_makes_us_send_are_counted() {
 #[tokio::test]
 async fn streams_beyond_the_limit_are_refused_and_too_many_of_them_end_the_tunnel() {
     let mut scene = Scene::new().await;
+    scene.attacker.send(&Frame::settings_ack()).await;
     for number in 0..256 {
         scene.attacker.send(&Frame::connect(number * 2 + 1, "10.0.0.2:80")).await;
     }
@@ -179,6 +180,44 @@ async fn streams_beyond_the_limit_are_refused_and_too_many_of_them_end_the_tunne
     assert_eq!(soon(scene.attacker.expect(raw_h2::RST_STREAM, 601)).await.code(), raw_h2::REFUSED_STREAM);
     scene.until_closed(3000, |number| vec![Frame::connect(603 + number * 2, "10.0.0.2:80")]).await;
     scene.over(Some(ENHANCE_YOUR_CALM)).await;
+}
+
+#[tokio::test]
+async fn a_burst_before_the_limit_is_known_is_served_up_to_four_times_the_limit() {
+    let mut scene = Scene::new().await;
+    let mut held = Vec::new();
+    for number in 0..1024 {
+        scene.attacker.send(&Frame::connect(number * 2 + 1, "10.0.0.2:80")).await;
+        held.push(scene.server.request().await);
+    }
+    scene.attacker.send(&Frame::connect(2049, "10.0.0.2:80")).await;
+    assert_eq!(soon(scene.attacker.expect(raw_h2::RST_STREAM, 2049)).await.code(), raw_h2::REFUSED_STREAM);
+    // Whoever goes on not to say that it has heard it gets no more than the limit from here on.
+    for (number, incoming) in (0..).zip(held.drain(..768)) {
+        incoming.refuse(culvert::hbone::Refusal::Unavailable);
+        assert_eq!(soon(scene.attacker.expect_status(number * 2 + 1)).await.0, "503");
+        soon(scene.attacker.expect(raw_h2::RST_STREAM, number * 2 + 1)).await;
+    }
+    scene.attacker.send(&Frame::connect(2051, "10.0.0.2:80")).await;
+    assert_eq!(soon(scene.attacker.expect(raw_h2::RST_STREAM, 2051)).await.code(), raw_h2::REFUSED_STREAM);
+    held.pop().unwrap().refuse(culvert::hbone::Refusal::Unavailable);
+    assert_eq!(soon(scene.attacker.expect_status(2047)).await.0, "503");
+    soon(scene.attacker.expect(raw_h2::RST_STREAM, 2047)).await;
+    scene.attacker.send(&Frame::connect(2053, "10.0.0.2:80")).await;
+    scene.server.request().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_knows_the_limit_has_no_burst() {
+    let mut scene = Scene::new().await;
+    let mut held = Vec::new();
+    for number in 0..300 {
+        scene.attacker.send(&Frame::connect(number * 2 + 1, "10.0.0.2:80")).await;
+        held.push(scene.server.request().await);
+    }
+    scene.attacker.send(&Frame::settings_ack()).await;
+    scene.attacker.send(&Frame::connect(601, "10.0.0.2:80")).await;
+    assert_eq!(soon(scene.attacker.expect(raw_h2::RST_STREAM, 601)).await.code(), raw_h2::REFUSED_STREAM);
 }
 
 #[tokio::test]

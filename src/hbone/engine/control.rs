@@ -191,6 +191,8 @@ impl Tunnel {
 
     fn settings(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
         if head.has(frame::ACK) {
+            // In our only SETTINGS is how many streams we serve at once.
+            self.limit_known |= self.peer.known;
             return if self.peer.known { Ok(()) } else { Err(Reason::PROTOCOL_ERROR) };
         }
         if self.peer.known {

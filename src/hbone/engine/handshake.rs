@@ -39,9 +39,8 @@ impl Handshaking for UnbufferedServerConnection {
 
 /// Handshakes as the client; who answered is for the caller to check.
 pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
-    let address = socket.peer_addr().map_err(Error::Connect)?;
-    // The name is never sent (SNI is off) and never checked (the SPIFFE ID is): rustls only wants one.
-    let name = rustls::pki_types::ServerName::IpAddress(address.ip().into());
+    // The name is never sent (SNI is off) and never checked (the SPIFFE ID is): rustls only wants one. The socket may have no address at all.
+    let name = rustls::pki_types::ServerName::IpAddress(std::net::Ipv6Addr::UNSPECIFIED.into());
     let mut connection = UnbufferedClientConnection::new(credential.client_config(), name).map_err(|error| tls(&error))?;
     let (socket, secrets, input) = run(socket, &mut connection).await?;
     crate::hbone::require_alpn(connection.alpn_protocol())?;

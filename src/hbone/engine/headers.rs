@@ -15,6 +15,9 @@ use crate::hbone::request::Fields;
 /// Fragments of one header block; our peers need one or two (CVE-2024-27919 and its family).
 const MAX_FRAGMENTS: u32 = 6;
 
+/// Times [`Config::max_streams`](crate::hbone::Config::max_streams) that a peer may open before it knows the limit.
+const BURST: usize = 4;
+
 /// A header block whose end has not come yet.
 pub(super) struct HeaderBlock {
     pub(super) stream: u32,
@@ -83,7 +86,7 @@ impl Tunnel {
             // After the goodbye: the peer knows that nothing was done (RFC 9113 §6.8).
             return Ok(());
         }
-        let refusal = if self.streams.len() >= self.endpoint.config.max_streams as usize || self.is_freezing() {
+        let refusal = if self.streams.len() >= self.most_streams(block.stream) || self.is_freezing() {
             Some(Reason::REFUSED_STREAM)
         } else {
             (!fields.well_formed_request()).then_some(Reason::PROTOCOL_ERROR)
@@ -109,6 +112,15 @@ impl Tunnel {
         let asked = Asked { id: block.stream, fields, told, inbox: self.inbox.clone() };
         self.asked.push_back(asked);
         Ok(())
+    }
+
+    /// How many streams may be open when the peer opens this one. A peer that does not know our limit yet may have more connections waiting than
+    /// that, and Envoy does not try again what is refused: of its first streams more are served.
+    fn most_streams(&self, id: u32) -> usize {
+        let limit = self.endpoint.config.max_streams as usize;
+        let burst = limit.saturating_mul(BURST);
+        let number = id as usize / 2 + 1;
+        if !self.limit_known && number <= burst { burst } else { limit }
     }
 
     fn response(&mut self, block: &HeaderBlock, fields: &Fields, fits: bool) -> Result<(), Reason> {

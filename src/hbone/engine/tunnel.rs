@@ -106,6 +106,8 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) block: Option<HeaderBlock>,
     pub(super) decoder: Decoder,
     pub(super) peer: PeerSettings,
+    /// The peer has acknowledged our SETTINGS.
+    pub(super) limit_known: bool,
     pub(super) send_window: i64,
     pub(super) receive_window: i64,
     /// Octets that wait for applications, of all streams.
@@ -164,6 +166,7 @@ impl Tunnel {
             block: None,
             decoder: Decoder::default(),
             peer: PeerSettings::default(),
+            limit_known: false,
             send_window: i64::from(frame::DEFAULT_WINDOW),
             receive_window: i64::from(frame::DEFAULT_WINDOW),
             backlog: 0,

@@ -105,6 +105,8 @@ impl State {
         tunnel.decoder = Decoder::with_table(self.table.max as usize, entries);
         tunnel.stream_window = self.promised.stream_window;
         tunnel.peer.known = self.settings.known;
+        // A tunnel that was worth moving is past its first moments.
+        tunnel.limit_known = true;
         tunnel.peer.initial_window = i64::from(self.settings.initial_window);
         tunnel.peer.max_streams = self.settings.max_streams;
         if self.settings.known {
