@@ -27,6 +27,9 @@ pub mod sys;
 // Bytes: relays between sockets.
 pub mod forward;
 
+// Calls to a control plane: gRPC over TLS, roots and token re-read.
+pub mod grpc;
+
 // Who: certificates and their renewal, peer verification.
 pub mod identity;
 
