@@ -87,6 +87,8 @@ impl Tunnel {
         end = self.seal_control(&mut slab, end);
         if !closing {
             end = self.seal_streams(&mut slab, end);
+            // What the streams' turns brought besides DATA, such as an END_STREAM: it goes with them, since nothing would wake the task for it.
+            end = self.seal_control(&mut slab, end);
         } else if self.control.is_empty() {
             end = self.seal_close_notify(&mut slab, end);
         }
