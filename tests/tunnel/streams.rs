@@ -217,6 +217,47 @@ async fn a_window_of_the_whole_connection_of_zero_stops_and_resumes() {
     soon(read.read_to_end(&mut Vec::new())).await.unwrap();
 }
 
+/// The tunnel writes two slabs, 16 full slots each, before its other direction gets a turn. Here all data fits exactly into these two, and in the
+/// turn after it there is nothing but ends.
+#[tokio::test]
+async fn ends_that_are_found_in_a_turn_without_data_are_passed_on_at_once() {
+    const STREAMS: u32 = 32;
+    const SLOT: usize = 16_384 - 9;
+    let realm = Realm::new();
+    // A PING would take along what was left behind.
+    let mut server = OurServer::with(&realm, Config { ping_interval: Duration::from_secs(60), ..Config::default() }).await;
+    let mut peer = RawPeer::client(tls_to(server.address, &*realm.credential("client").await).await, &[]).await;
+    let (mut next, mut window) = (1, 65_535);
+    // The first rounds make the kernel's buffers grow until they take two slabs.
+    for _ in 0..12 {
+        let ids: Vec<u32> = (0..STREAMS).map(|number| next + 2 * number).collect();
+        next += 2 * STREAMS;
+        let mut applications = Vec::new();
+        for stream in &ids {
+            peer.send(&Frame::connect(*stream, "10.0.0.2:80")).await;
+            applications.push(server.accept_one().await);
+            assert_eq!(soon(peer.expect_status(*stream)).await.0, "200");
+        }
+        for application in &mut applications {
+            application.send(&pattern(SLOT)).await;
+            application.finish().await;
+        }
+        // An octet of credit remains: without any, nobody looks for an end.
+        let needed = STREAMS * u32::try_from(SLOT).unwrap() + 1;
+        peer.send(&Frame::window_update(0, needed - window)).await;
+        window = 1;
+        let mut ended = 0;
+        while ended < STREAMS {
+            let frame = soon(peer.next()).await.expect("the tunnel ended");
+            ended += u32::from(frame.end_stream());
+        }
+        peer.send_all(&ids.iter().map(|stream| Frame::data(*stream, []).ends()).collect::<Vec<_>>()).await;
+        for mut application in applications {
+            assert!(soon(application.read_to_end()).await.unwrap().is_empty());
+        }
+    }
+}
+
 #[tokio::test]
 async fn padding_counts_for_the_window_and_comes_back() {
     let realm = Realm::new();
