@@ -111,7 +111,7 @@ async fn connect(opened: &mut Opened, mut incoming: Incoming, routed: Routed, pe
         let _dial = turn.await.map_err(|refused| Error::Limit("dials under way for this peer", refused))?;
         pod.node.failed_dials.check(peer, target).map_err(|refused| Error::Limit("dials for this peer that came to nothing", refused))?;
         *dialing = true;
-        cleared.connect(&pod.sockets).await
+        cleared.connect(pod).await
     };
     let established: Result<Connected, Error> = tokio::select! {
         biased;
@@ -161,9 +161,9 @@ async fn route_request<'a>(pod: &PodProxy, tunnel: &Tunnel, incoming: &'a Incomi
     let asked = incoming.request().map_err(|error| (Refusal::BadRequest, Error::from(error.clone())))?;
     let workload = pod.local_workload().await.map_err(|error| (Refusal::Unavailable, error))?;
     let world = pod.node.mesh.current();
-    let validated = route::inbound::validate(&workload, &asked.authority, tunnel.local);
+    let validated = route::inbound::validate(&world.snapshot, &pod.node.config.route, &workload, &asked.authority, tunnel.local);
     let validated = validated.map_err(|error| (Refusal::BadRequest, error.into()))?;
-    let target = validated.resolve(&world.snapshot, &pod.node.config.route).map_err(|error| (Refusal::Unavailable, error.into()))?;
+    let target = validated.resolve().map_err(|error| (Refusal::Unavailable, error.into()))?;
     let identified: Identified = Accepted { source: tunnel.client, destination: tunnel.local }.identified(Some(tunnel.peer.clone()), workload);
     Ok((identified.routed(target), asked))
 }

@@ -3,6 +3,7 @@
 //! Main types: [`Node`] (what all pods share), [`PodProxy`] (one pod), and the journey of a connection in `session`.
 
 mod accept;
+mod announcement;
 mod connections;
 mod failed_dials;
 mod guard;
@@ -54,6 +55,9 @@ pub struct Config {
     pub workload_timeout: Duration,
     /// Whether response baggage is sent and request baggage is believed (`ENABLE_RESPONSE_BAGGAGE`). Default true.
     pub baggage: bool,
+    /// Whether applications that are told the client by a PROXY header are reached on the pod's loopback address (`LOCALHOST_APP_TUNNEL`). Default
+    /// true.
+    pub localhost_app_tunnel: bool,
     /// Whether policy decisions are logged at INFO rather than DEBUG (`AUTHZ_POLICY_INFO_LOGGING`). Default false.
     pub policy_info: bool,
 }

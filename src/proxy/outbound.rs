@@ -10,9 +10,10 @@ use super::live::{Connection, Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::{self, Entry, Route};
 use super::session::Error;
-use crate::hbone::{ConnectRequest, PoolKey, Role, TunnelStream};
+use crate::hbone::{ConnectRequest, Inner, PoolKey, Role, TunnelStream};
+use crate::identity::Credential;
 use crate::lifecycle::drain::DrainWatcher;
-use crate::model::{Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
+use crate::model::{Authority, Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
 use crate::sys::socket::{original_destination, reset_on_close};
 use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
 
@@ -45,13 +46,13 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
             return None;
         }
     };
-    let record = pod.node.telemetry.opened(facts(&source, client, &route));
+    let mut record = pod.node.telemetry.opened(facts(&source, client, &route));
     let listed = pod.connections.register(LiveConnection {
         reporter: Reporter::Source,
         source: client,
         original: Some(Asked::Address(target)),
         actual: next_hop(&route),
-        protocol: if matches!(route, Route::Hbone { .. }) { Protocol::Hbone } else { Protocol::Tcp },
+        protocol: if matches!(route, Route::Hbone { .. } | Route::Beyond { .. }) { Protocol::Hbone } else { Protocol::Tcp },
     });
     let journey = Journey { client, source, route };
     let established = tokio::select! {
@@ -59,13 +60,17 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
         () = drain.forced() => Err(Error::Drained),
         established = establish(&pod, &journey) => established,
     };
+    if let Ok(Upstream::Tunnel(_, Some(beyond))) = &established {
+        // Only now is it known who answers behind the gateway (reference, dataplane §2.8).
+        record.amend(|facts| facts.destination = PeerFacts { address: facts.destination.address, ..beyond.clone() });
+    }
     let opened = Opened { record, drain, pod, listed, _socket: Some(socket_open) };
     match established {
         Ok(upstream) => {
             let meter = opened.record.meter();
             let transfer = match upstream {
                 Upstream::Plain(upstream) => Transfer::plain(socket, upstream, meter),
-                Upstream::Tunnel(stream) => Transfer::Tunnel(stream.relay(socket, Role::Client, &meter)),
+                Upstream::Tunnel(stream, _) => Transfer::Tunnel(stream.relay(socket, Role::Client, &meter)),
             };
             Some(Live::new(opened, transfer, None))
         }
@@ -82,7 +87,7 @@ fn next_hop(route: &Route) -> SocketAddr {
     match route {
         Route::Passthrough { destination, .. } => *destination,
         Route::Tcp { address, .. } => *address,
-        Route::Hbone { next_hop, .. } => *next_hop,
+        Route::Hbone { next_hop, .. } | Route::Beyond { next_hop, .. } => *next_hop,
     }
 }
 
@@ -90,6 +95,7 @@ fn next_hop(route: &Route) -> SocketAddr {
 fn service(route: &Route) -> Option<&Arc<Service>> {
     match route {
         Route::Passthrough { service, .. } | Route::Tcp { service, .. } | Route::Hbone { service, .. } => service.as_ref(),
+        Route::Beyond { service, .. } => Some(service),
     }
 }
 
@@ -111,7 +117,8 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
 /// The way to the destination, established.
 enum Upstream {
     Plain(TcpStream),
-    Tunnel(TunnelStream),
+    /// With what is known of the other end since it has answered, if that is more than before.
+    Tunnel(TunnelStream, Option<PeerFacts>),
 }
 
 /// The application's connection was accepted before its destination was known: it must not take a failure for an empty answer.
@@ -125,28 +132,45 @@ async fn establish(pod: &PodProxy, journey: &Journey) -> Result<Upstream, Error>
         Route::Passthrough { .. } | Route::Tcp { .. } => {
             pod.sockets.connect(next_hop(&journey.route), None).await.map(Upstream::Plain).map_err(Error::Connect)
         }
-        Route::Hbone { workload, authority, expected, next_hop, .. } => {
-            let identity = journey.source.identity()?;
-            let credential = pod.node.credentials.fetch(&identity).await?;
-            let key = PoolKey {
-                source: identity,
-                source_ip: journey.client.ip(),
-                expected: expected.clone(),
-                next_hop: *next_hop,
-                destination: workload.uid.clone(),
-                generation: credential.generation,
-            };
-            let request = ConnectRequest {
-                authority: authority.clone(),
-                baggage: Some(Baggage::of(&journey.source)),
-                forwarded: Some(forwarded(journey.client, service(&journey.route).map(|service| &service.hostname))),
-                traceparent: Some(traceparent(&mut rand::rng())),
-                forwarded_network: None,
-            };
+        Route::Hbone { workload, authority, expected, .. } => {
+            let (key, credential, request) = prepare(pod, journey, (workload, expected, authority)).await?;
             let (stream, _answer, _peer) = pod.pool.open(&key, &credential, &request).await?;
-            Ok(Upstream::Tunnel(stream))
+            Ok(Upstream::Tunnel(stream, None))
+        }
+        Route::Beyond { gateway, authority, gateway_expected, expected, next_hop, .. } => {
+            let (key, credential, outer) = prepare(pod, journey, (gateway, gateway_expected, authority)).await?;
+            let request = ConnectRequest { forwarded_network: Some(pod.node.config.route.network.to_string()), ..outer.clone() };
+            let (stream, answer, peer) = pod.pool.open_within(&key, &credential, &outer, Inner { expected, request: &request }).await?;
+            let baggage = answer.baggage.filter(|_| pod.node.config.baggage).map(Box::new);
+            Ok(Upstream::Tunnel(stream, Some(PeerFacts { address: *next_hop, workload: None, identity: Some(peer), baggage })))
         }
     }
+}
+
+/// What a tunnel to a workload is opened with.
+async fn prepare(
+    pod: &PodProxy,
+    journey: &Journey,
+    (workload, expected, authority): (&Workload, &[SpiffeId], &Authority),
+) -> Result<(PoolKey, Arc<Credential>, ConnectRequest), Error> {
+    let identity = journey.source.identity()?;
+    let credential = pod.node.credentials.fetch(&identity).await?;
+    let key = PoolKey {
+        source: identity,
+        source_ip: journey.client.ip(),
+        expected: expected.to_vec(),
+        next_hop: next_hop(&journey.route),
+        destination: workload.uid.clone(),
+        generation: credential.generation,
+    };
+    let request = ConnectRequest {
+        authority: authority.clone(),
+        baggage: Some(Baggage::of(&journey.source)),
+        forwarded: Some(forwarded(journey.client, service(&journey.route).map(|service| &service.hostname))),
+        traceparent: Some(traceparent(&mut rand::rng())),
+        forwarded_network: None,
+    };
+    Ok((key, credential, request))
 }
 
 fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> ConnectionFacts {
@@ -154,6 +178,7 @@ fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> Connectio
         Route::Passthrough { .. } => (None, None, false),
         Route::Tcp { workload, .. } => (Some(workload.clone()), None, false),
         Route::Hbone { workload, authority, .. } => (Some(workload.clone()), Some(authority.clone()), true),
+        Route::Beyond { gateway, authority, .. } => (Some(gateway.clone()), Some(authority.clone()), true),
     };
     let identity = |workload: &Workload| -> Option<SpiffeId> { workload.identity().ok() };
     let destination_identity = destination.as_deref().and_then(identity);

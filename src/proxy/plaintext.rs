@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use super::connections::{LiveConnection, Protocol};
 use super::live::{Connection, Live, Opened};
 use super::pod::PodProxy;
+use super::route::inbound::Target;
 use super::route::{self, Entry};
 use super::session::{Accepted, Client, Error};
 use crate::lifecycle::drain::DrainWatcher;
@@ -39,8 +40,8 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
     let record = pod.node.telemetry.opened(facts(&pod, client, target, &workload));
     let live = LiveConnection { reporter: Reporter::Destination, source: client, original: None, actual: target, protocol: Protocol::Tcp };
     let listed = pod.connections.register(live);
-    let routed = Accepted { source: client, destination: target }.identified(None, workload).routed(target);
-    let connect = async { routed.permit(&pod).await?.connect(&pod.sockets).await };
+    let routed = Accepted { source: client, destination: target }.identified(None, workload).routed(Target { address: target, announce: None });
+    let connect = async { routed.permit(&pod).await?.connect(&pod).await };
     let connected = tokio::select! {
         biased;
         () = drain.forced() => Err(Error::Drained),

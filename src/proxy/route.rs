@@ -5,6 +5,7 @@
 //! [`Route::Passthrough`]; everything that is known and cannot be reached the way it asks for is a [`RouteError`].
 
 mod balance;
+mod gateway;
 pub mod inbound;
 mod pick;
 
@@ -13,9 +14,11 @@ use std::sync::Arc;
 
 use rand::Rng;
 
+use balance::{Kind, Wanted};
+pub use gateway::Missing;
+
 use crate::model::{
-    Authority, GatewayAddress, GatewayDestination, LoadBalancingMode, Located, Service, Snapshot, SpiffeError, SpiffeId, Text, TunnelProtocol,
-    Workload, canonical_socket,
+    Authority, LoadBalancingMode, Located, Service, Snapshot, SpiffeError, SpiffeId, Text, TunnelProtocol, Workload, canonical_socket,
 };
 
 /// Port that takes captured outbound connections.
@@ -57,15 +60,30 @@ pub enum Route {
     },
     /// To a workload through an HBONE tunnel.
     Hbone {
-        /// The workload at the far end of the tunnel.
+        /// The workload at the far end of the tunnel: the destination itself or a waypoint of it.
         workload: Arc<Workload>,
-        /// The service through which it was chosen.
+        /// The service that the client meant.
         service: Option<Arc<Service>>,
         /// Where the tunnel is dialled.
         next_hop: SocketAddr,
         /// What the CONNECT request asks for.
         authority: Authority,
-        /// Who may answer: the workload, or any further name of the service. Never empty.
+        /// Who may answer: the workload, or any further name of the service through which it was chosen. Never empty.
+        expected: Vec<SpiffeId>,
+    },
+    /// To a workload of another network: through a tunnel to the gateway of that network, and a second tunnel within the first.
+    Beyond {
+        /// The gateway, at the far end of the outer tunnel.
+        gateway: Arc<Workload>,
+        /// The service that the client meant.
+        service: Arc<Service>,
+        /// Where the outer tunnel is dialled.
+        next_hop: SocketAddr,
+        /// What both CONNECT requests ask for: the service's host name and port.
+        authority: Authority,
+        /// Who may be the gateway. Never empty.
+        gateway_expected: Vec<SpiffeId>,
+        /// Who may answer behind it: a SPIFFE name of the service that the workload (or waypoint) was chosen for. Never empty.
         expected: Vec<SpiffeId>,
     },
 }
@@ -98,21 +116,56 @@ pub enum RouteError {
         /// The name to resolve.
         hostname: Text,
     },
-    /// The destination asks for a waypoint.
-    #[error("unknown waypoint: waypoint {waypoint} of {owner} cannot be used yet")]
+    /// The destination asks for a waypoint that cannot be found. It is never passed by.
+    #[error("unknown waypoint: waypoint {waypoint} of {owner} {missing}")]
     Waypoint {
         /// The service (`namespace/hostname`) or workload (uid) that asks.
         owner: String,
         /// The waypoint's address or host name.
         waypoint: String,
+        /// What is wrong with it.
+        missing: Missing,
     },
-    /// The chosen workload is on another network than its client.
-    #[error("unknown network gateway: {workload} is on network {network:?}, which cannot be reached yet")]
+    /// The service (`namespace/hostname`) asks for one of several waypoints, and none of them may take a connection.
+    #[error("unknown waypoint: all weighted waypoints of {0} have weight 0")]
+    NoWaypoint(String),
+    /// The waypoint of a workload that is called by its address is on another network, which only services are reached on.
+    #[error("unknown waypoint: waypoint {waypoint} of {owner} is on network {network:?}, where only services are reached")]
+    WaypointElsewhere {
+        /// The workload's uid.
+        owner: Text,
+        /// The uid of the waypoint's instance.
+        waypoint: Text,
+        /// Its network.
+        network: Text,
+    },
+    /// The chosen workload is on another network than its client, and nothing is said about how to get there.
+    #[error("no valid destination for workload: {workload} is on network {network:?} and has no network gateway")]
     OtherNetwork {
         /// The workload's uid.
         workload: Text,
         /// Its network.
         network: Text,
+    },
+    /// The gateway of the chosen workload's network cannot be found.
+    #[error("unknown network gateway: gateway {gateway} of {workload} {missing}")]
+    NetworkGateway {
+        /// The workload's uid.
+        workload: Text,
+        /// The gateway's address or host name.
+        gateway: String,
+        /// What is wrong with it.
+        missing: Missing,
+    },
+    /// Behind a network gateway only the names of the service tell who may answer, and there are none.
+    #[error(
+        "no valid destination for workload: nothing says who may answer for {workload} behind its network gateway (subject alternative names of {service})"
+    )]
+    NobodyBeyond {
+        /// The workload's uid.
+        workload: Text,
+        /// The service (`namespace/hostname`) whose names are missing, or "no service".
+        service: String,
     },
     /// A CONNECT asks for an address that is not the one it was sent to.
     #[error("ip mismatch: {connected} != {requested}")]
@@ -133,9 +186,9 @@ pub enum RouteError {
         /// The service port.
         port: u16,
     },
-    /// The workload wants to be told the original target by a PROXY header.
-    #[error("unsupported feature: the PROXY header that {0} asks for cannot be sent yet")]
-    ProxyHeader(Text),
+    /// The application is to be told the original destination, and a service (`namespace/hostname`) without an address has none.
+    #[error("no address to put into the PROXY header: {0} has no virtual address")]
+    NoAddress(String),
 }
 
 /// The three ways into the proxy, which differ in what counts as a call to itself.
@@ -170,56 +223,125 @@ pub fn outbound(
 ) -> Result<Route, RouteError> {
     let destination = canonical_socket(destination);
     refuse_recursion(Entry::Outbound, destination, config)?;
+    let call = Call { snapshot, source, destination };
     let client = Some(source.profile.namespace.as_str());
     let located = snapshot.locate(&config.network, destination.ip(), client);
-    if let Some(Located::Service(intended)) = &located {
-        refuse_service_waypoint(intended)?;
+    if let Some(Located::Service(intended)) = &located
+        && let Some(route) = call.through_waypoint(intended, rng)?
+    {
+        return Ok(route);
     }
     match snapshot.service_by_address(&source.profile.network, destination.ip(), client) {
         Some(service) => {
             // Seen only from the client's network, it was not looked at above; as an address of a workload it is one.
-            if located.is_none() {
-                refuse_service_waypoint(&service)?;
+            if located.is_none()
+                && let Some(route) = call.through_waypoint(&service, rng)?
+            {
+                return Ok(route);
             }
-            to_service(snapshot, source, service, destination, rng)
+            call.to_service(service, matches!(located, Some(Located::Workload(_))), rng)
         }
         None => match located {
             Some(Located::Service(intended)) if intended.mode() != LoadBalancingMode::Passthrough => Err(RouteError::NoHealthyUpstream(destination)),
-            _ => to_address(snapshot, source, destination),
+            _ => call.to_address(rng),
         },
     }
 }
 
-/// A connection to an address of a service. Fails where the reference goes on in plain text: an address that is a service's
-/// and a workload's, when the service has no endpoint.
-fn to_service(
-    snapshot: &Snapshot,
-    source: &Workload,
-    service: Arc<Service>,
+/// One connection that is to go somewhere.
+struct Call<'a> {
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
     destination: SocketAddr,
-    rng: &mut impl Rng,
-) -> Result<Route, RouteError> {
-    if service.mode() == LoadBalancingMode::Passthrough {
-        return Ok(Route::Passthrough { destination, service: Some(service) });
-    }
-    let chosen = balance::choose(snapshot, &service, source, destination.port(), rng);
-    let (workload, port) = chosen.ok_or(RouteError::NoHealthyUpstream(destination))?;
-    if workload.profile.network != source.profile.network {
-        return Err(RouteError::OtherNetwork { workload: workload.uid.clone(), network: workload.profile.network.clone() });
-    }
-    let ip = pick::address(&workload, Some(&service), destination.ip())?;
-    connect(workload, Some(service), SocketAddr::new(ip, port))
 }
 
-/// A connection to an address that is no service's.
-fn to_address(snapshot: &Snapshot, source: &Workload, destination: SocketAddr) -> Result<Route, RouteError> {
-    let Some(workload) = snapshot.workload_by_address(&source.profile.network, destination.ip()) else {
-        return Ok(Route::Passthrough { destination, service: None });
-    };
-    if let Some(waypoint) = &workload.profile.waypoint {
-        return Err(RouteError::Waypoint { owner: workload.uid.to_string(), waypoint: describe(waypoint) });
+impl Call<'_> {
+    /// By the waypoint of a service, if it has one. The waypoint chooses the endpoint, so it is told what was asked for.
+    fn through_waypoint(&self, service: &Arc<Service>, rng: &mut impl Rng) -> Result<Option<Route>, RouteError> {
+        let Some(waypoint) = gateway::waypoint_of(service, rng)? else { return Ok(None) };
+        let chosen = gateway::choose(self.snapshot, (waypoint, Kind::Waypoint), self.source, rng);
+        let instance =
+            chosen.map_err(|missing| RouteError::Waypoint { owner: service.key().to_string(), waypoint: gateway::describe(waypoint), missing })?;
+        if instance.workload.profile.network != self.source.profile.network {
+            return self.beyond(&instance.workload, instance.service.as_deref(), service, rng).map(Some);
+        }
+        self.to_waypoint(instance, Some(service.clone())).map(Some)
     }
-    connect(workload, None, destination)
+
+    /// By the waypoint of a workload that was addressed itself, if it has one. A waypoint's own connections are past the waypoint.
+    fn through_waypoint_of(&self, workload: &Workload, rng: &mut impl Rng) -> Result<Option<Route>, RouteError> {
+        let Some(waypoint) = &workload.profile.waypoint else { return Ok(None) };
+        if gateway::is_instance(self.snapshot, waypoint, self.source) {
+            return Ok(None);
+        }
+        let chosen = gateway::choose(self.snapshot, (waypoint, Kind::Waypoint), self.source, rng);
+        let instance =
+            chosen.map_err(|missing| RouteError::Waypoint { owner: workload.uid.to_string(), waypoint: gateway::describe(waypoint), missing })?;
+        let network = &instance.workload.profile.network;
+        if *network != self.source.profile.network {
+            let (owner, network) = (workload.uid.clone(), network.clone());
+            return Err(RouteError::WaypointElsewhere { owner, waypoint: instance.workload.uid.clone(), network });
+        }
+        self.to_waypoint(instance, None).map(Some)
+    }
+
+    fn to_waypoint(&self, instance: gateway::Instance, service: Option<Arc<Service>>) -> Result<Route, RouteError> {
+        let next_hop = instance.address(self.destination)?;
+        let expected = expected_identities(&instance.workload, instance.service.as_deref())?;
+        Ok(Route::Hbone { workload: instance.workload, service, next_hop, authority: Authority::Address(self.destination), expected })
+    }
+
+    /// To an address of a service; `own` if it is an address of a workload as well, which decides about waypoints. Fails where the reference goes
+    /// on in plain text: an address that is a service's and a workload's, when the service has no endpoint.
+    fn to_service(&self, service: Arc<Service>, own: bool, rng: &mut impl Rng) -> Result<Route, RouteError> {
+        if service.mode() == LoadBalancingMode::Passthrough {
+            return Ok(Route::Passthrough { destination: self.destination, service: Some(service) });
+        }
+        let wanted = Wanted { service: &service, port: self.destination.port(), kind: Kind::Workload };
+        let (workload, port) = balance::choose(self.snapshot, self.source, wanted, rng).ok_or(RouteError::NoHealthyUpstream(self.destination))?;
+        if workload.profile.network != self.source.profile.network {
+            return self.beyond(&workload, Some(&service), &service, rng);
+        }
+        if own && let Some(route) = self.through_waypoint_of(&workload, rng)? {
+            return Ok(route);
+        }
+        let ip = pick::address(&workload, Some(&service), self.destination.ip())?;
+        connect(workload, Some(service), SocketAddr::new(ip, port))
+    }
+
+    /// To an address that is no service's.
+    fn to_address(&self, rng: &mut impl Rng) -> Result<Route, RouteError> {
+        let Some(workload) = self.snapshot.workload_by_address(&self.source.profile.network, self.destination.ip()) else {
+            return Ok(Route::Passthrough { destination: self.destination, service: None });
+        };
+        match self.through_waypoint_of(&workload, rng)? {
+            Some(route) => Ok(route),
+            None => connect(workload, None, self.destination),
+        }
+    }
+
+    /// To a workload or waypoint of another network, by the gateway of that network. `own` is the service through which it was chosen: for a
+    /// waypoint the waypoint's, else the one that was asked for.
+    fn beyond(&self, workload: &Workload, own: Option<&Service>, service: &Arc<Service>, rng: &mut impl Rng) -> Result<Route, RouteError> {
+        let uid = || workload.uid.clone();
+        let no_gateway = || RouteError::OtherNetwork { workload: uid(), network: workload.profile.network.clone() };
+        let address = workload.profile.network_gateway.as_ref().ok_or_else(no_gateway)?;
+        let chosen = gateway::choose(self.snapshot, (address, Kind::NetworkGateway), self.source, rng);
+        let instance = chosen.map_err(|missing| RouteError::NetworkGateway { workload: uid(), gateway: gateway::describe(address), missing })?;
+        let expected = own.map(further_identities).unwrap_or_default();
+        if expected.is_empty() {
+            let service = own.map_or_else(|| "no service".to_owned(), |own| own.key().to_string());
+            return Err(RouteError::NobodyBeyond { workload: uid(), service });
+        }
+        Ok(Route::Beyond {
+            next_hop: instance.address(self.destination)?,
+            gateway_expected: expected_identities(&instance.workload, instance.service.as_deref())?,
+            gateway: instance.workload,
+            authority: Authority::Host(service.hostname.clone(), self.destination.port()),
+            service: service.clone(),
+            expected,
+        })
+    }
 }
 
 /// The last step: by tunnel or not, as the workload takes it.
@@ -234,34 +356,29 @@ fn connect(workload: Arc<Workload>, service: Option<Arc<Service>>, address: Sock
     }
 }
 
-/// Who may answer for a workload: itself, and the further names of the service that are SPIFFE names of workloads.
+/// Who may answer for a workload: itself, and the further names of the service.
 fn expected_identities(workload: &Workload, service: Option<&Service>) -> Result<Vec<SpiffeId>, RouteError> {
     let identity = workload.identity().map_err(|reason| RouteError::NoIdentity { workload: workload.uid.clone(), reason })?;
     let mut expected = vec![identity];
-    for name in service.map_or(&[][..], |service| &service.subject_alt_names) {
-        if let Ok(further) = name.parse::<SpiffeId>()
-            && !expected.contains(&further)
-        {
+    for further in service.map(further_identities).unwrap_or_default() {
+        if !expected.contains(&further) {
             expected.push(further);
         }
     }
     Ok(expected)
 }
 
-/// Waypoints cannot be resolved yet, so a service that asks for one, at whatever weight, is out of reach.
-fn refuse_service_waypoint(service: &Service) -> Result<(), RouteError> {
-    let weighted = service.weighted_waypoints.iter().map(|weighted| &weighted.destination);
-    match weighted.chain(&service.waypoint).next() {
-        None => Ok(()),
-        Some(waypoint) => Err(RouteError::Waypoint { owner: service.key().to_string(), waypoint: describe(waypoint) }),
+/// The further names of a service that are SPIFFE names of workloads.
+fn further_identities(service: &Service) -> Vec<SpiffeId> {
+    let mut identities = Vec::new();
+    for name in &service.subject_alt_names {
+        if let Ok(further) = name.parse::<SpiffeId>()
+            && !identities.contains(&further)
+        {
+            identities.push(further);
+        }
     }
-}
-
-fn describe(gateway: &GatewayAddress) -> String {
-    match &gateway.destination {
-        GatewayDestination::Address(address) => format!("{address}:{}", gateway.hbone_port),
-        GatewayDestination::Hostname(key) => format!("{key}:{}", gateway.hbone_port),
-    }
+    identities
 }
 
 #[cfg(test)]

@@ -2,17 +2,19 @@
 //! one before, and [`Connected::flow`] exists only for a journey that carries a [`Permitted`]. Forgetting the policy check does not compile.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tracing::Level;
 
+use super::announcement;
 use super::guard::LiveGuard;
 use super::live::{Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::RouteError;
-use super::sockets::PodSockets;
+use super::route::inbound::Target;
 use crate::forward::Ended;
 use crate::hbone::{self, Role, TunnelStream};
 use crate::identity::IdentityError;
@@ -140,8 +142,10 @@ pub(super) struct Identified {
 /// Where it goes.
 pub(super) struct Routed {
     pub(super) identified: Identified,
-    /// The address on the pod, as policy sees it and as it is dialled.
+    /// The address on the pod, as policy sees it.
     pub(super) target: SocketAddr,
+    /// What the client wanted to reach, if the application shall be told.
+    announce: Option<SocketAddr>,
 }
 
 /// Policy said yes.
@@ -165,8 +169,8 @@ impl Accepted {
 }
 
 impl Identified {
-    pub(super) fn routed(self, target: SocketAddr) -> Routed {
-        Routed { identified: self, target }
+    pub(super) fn routed(self, target: Target) -> Routed {
+        Routed { identified: self, target: target.address, announce: target.announce }
     }
 }
 
@@ -186,6 +190,20 @@ impl Routed {
         let unknown = || Error::LocalWorkloadUnknown(self.identified.workload.uid.to_string());
         let (permitted, guard) = decision.ok_or_else(unknown)?.map_err(Error::Rejected)?;
         Ok(Cleared { routed: self, permitted, guard })
+    }
+
+    async fn dial(&self, pod: &PodProxy) -> io::Result<TcpStream> {
+        let source = self.identified.accepted.source;
+        let Some(announce) = self.announce else { return pod.sockets.connect(self.target, Some(source)).await };
+        let mut socket = if pod.node.config.localhost_app_tunnel {
+            let loopback = if self.target.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
+            pod.sockets.connect(SocketAddr::new(loopback, self.target.port()), None).await?
+        } else {
+            pod.sockets.connect(self.target, Some(source)).await?
+        };
+        // Before the 200, so that a peer is told if it fails.
+        socket.write_all(&announcement::header(source, announce, self.identified.identity.as_ref())).await?;
+        Ok(socket)
     }
 
     /// What policy said, and what policies on trial would have said, at DEBUG or as configured at INFO (reference, dataplane §6.4).
@@ -214,14 +232,13 @@ impl Routed {
 }
 
 impl Cleared {
-    /// Dials the application, which shall see the client's address.
-    pub(super) async fn connect(self, sockets: &PodSockets) -> Result<Connected, Error> {
+    /// Dials the application, which shall see the client's address: as the source of the connection, or in a PROXY header in front of its bytes.
+    pub(super) async fn connect(self, pod: &PodProxy) -> Result<Connected, Error> {
         let Self { routed, permitted, mut guard } = self;
-        let source = routed.identified.accepted.source;
         tokio::select! {
             biased;
             denial = guard.denied() => Err(Error::Cut(denial)),
-            socket = sockets.connect(routed.target, Some(source)) => {
+            socket = routed.dial(pod) => {
                 let socket = socket.map_err(Error::Connect)?;
                 Ok(Connected { socket, permitted, guard })
             }

@@ -30,6 +30,7 @@ impl Pod {
                     workloadIps: [\"127.0.0.1\"]\n  protocol: HBONE\n  node: here\n";
         let mesh = local::start(LocalSource::Text(text.to_owned()), local::Config::default()).await.unwrap();
         let config = culvert::proxy::Config {
+            localhost_app_tunnel: true,
             route: culvert::proxy::route::RouteConfig { network: "".into(), socks: false },
             mark: None,
             keepalive: None,

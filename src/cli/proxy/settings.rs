@@ -136,6 +136,9 @@ pub(crate) struct Args {
     /// Use IPv6.
     #[arg(long, env = "IPV6_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
     ipv6_enabled: bool,
+    /// Reach applications that are told the client by a PROXY header (captured waypoints) on the pod's loopback address.
+    #[arg(long, env = "LOCALHOST_APP_TUNNEL", default_value_t = true, action = clap::ArgAction::Set)]
+    localhost_app_tunnel: bool,
     /// Send baggage in responses, and believe the baggage of requests (telemetry only).
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
     enable_response_baggage: bool,
@@ -272,6 +275,7 @@ impl Args {
                 connect_timeout: self.connect_timeout,
                 workload_timeout: Duration::from_secs(5),
                 baggage: self.enable_response_baggage,
+                localhost_app_tunnel: self.localhost_app_tunnel,
                 policy_info: self.authz_policy_info_logging,
             },
             hbone: crate::hbone::Config {

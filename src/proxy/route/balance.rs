@@ -7,17 +7,47 @@ use rand::seq::IndexedRandom;
 
 use crate::model::{LoadBalancing, LoadBalancingMode, Scope, Service, Snapshot, Workload};
 
+/// What an endpoint is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// To be called itself.
+    Workload,
+    /// To be the way to another network.
+    NetworkGateway,
+    /// To be a waypoint: captured ones take HBONE whatever ports their service has.
+    Waypoint,
+}
+
+/// Which endpoint is wanted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) service: &'a Service,
+    /// The service port.
+    pub(super) port: u16,
+    pub(super) kind: Kind,
+}
+
 /// Chooses an endpoint of a service for a service port, and its target port: of the endpoints that can take the
 /// connection, those that are nearest by the service's preferences, weighted by capacity. `None` if the service does not
 /// have the port, or nobody can take it.
-pub(super) fn choose(snapshot: &Snapshot, service: &Service, source: &Workload, port: u16, rng: &mut impl Rng) -> Option<(Arc<Workload>, u16)> {
-    let service_target = service.ports.target(port)?;
+pub(super) fn choose(snapshot: &Snapshot, source: &Workload, wanted: Wanted<'_>, rng: &mut impl Rng) -> Option<(Arc<Workload>, u16)> {
+    let Wanted { service, port, kind } = wanted;
+    let service_target = service.ports.target(port);
+    if service_target.is_none() && kind != Kind::Waypoint {
+        return None;
+    }
     let preferences = service.load_balancing.as_ref().filter(|balancing| prefers(balancing.mode));
     let candidates = snapshot.endpoints_of(service).filter_map(|(workload, ports)| {
         // A target of 0 is a named port: the endpoint itself says where it is.
-        let target = ports.target(port).filter(|target| *target != 0).unwrap_or(service_target);
+        let mapped = [ports.target(port), service_target].into_iter().flatten().find(|target| *target != 0);
+        let target = match (mapped, service_target, workload.profile.application_tunnel) {
+            // A captured waypoint takes HBONE on the port that it is asked for, whether its service lists it or not.
+            (mapped, None, tunnel) => tunnel.and_then(|tunnel| mapped.or_else(|| tunnel.port.map(|_| port)))?,
+            (Some(target), ..) => target,
+            (None, Some(_), tunnel) => tunnel.filter(|tunnel| kind == Kind::Waypoint && tunnel.port.is_some()).map(|_| port)?,
+        };
         let rank = preferences.map_or(Some(0), |balancing| rank(balancing, source, workload))?;
-        (target != 0 && reachable(source, workload)).then_some((rank, workload, target))
+        reachable(source, workload).then_some((rank, workload, target))
     });
     let mut candidates: Vec<_> = candidates.collect();
     let nearest = candidates.iter().map(|(rank, ..)| *rank).max()?;

@@ -20,6 +20,10 @@ fn at(workload: Workload, [region, zone, subzone, node, cluster, network]: Place
     Workload { node: node.into(), ..workload }
 }
 
+fn wanted(service: &Service, port: u16) -> Wanted<'_> {
+    Wanted { service, port, kind: Kind::Workload }
+}
+
 const HERE: Place = ["r", "z", "s", "n", "c", "net"];
 
 fn preferring(scopes: &[Scope], mode: LoadBalancingMode) -> LoadBalancing {
@@ -71,7 +75,7 @@ fn draw(workloads: Vec<Workload>, balancing: Option<LoadBalancing>, draws: u32) 
     let (mut rng, mut chosen) = (rng(), BTreeMap::new());
     let source = at(pod("client", &[]), HERE);
     for _ in 0..draws {
-        if let Some((workload, port)) = choose(&rows, &service, &source, 80, &mut rng) {
+        if let Some((workload, port)) = choose(&rows, &source, wanted(&service, 80), &mut rng) {
             assert_eq!(port, 8080);
             *chosen.entry(workload.name.to_string()).or_default() += 1;
         }
@@ -167,12 +171,37 @@ fn the_target_port_is_the_endpoints_else_the_services_and_a_named_port_must_be_m
     for (service_ports, endpoint_ports, port, expected) in table {
         let service = Service { ports: ports(service_ports), ..service("h", &[], &[]) };
         let rows = snapshot([backing(pod("a", &["10.0.0.1"]), "h", endpoint_ports)], [service.clone()]);
-        let target = choose(&rows, &service, &pod("client", &[]), port, &mut rng()).map(|(_, target)| target);
+        let target = choose(&rows, &pod("client", &[]), wanted(&service, port), &mut rng()).map(|(_, target)| target);
         assert_eq!(target, expected, "{service_ports:?} {endpoint_ports:?} {port}");
     }
     // Of two endpoints of a named port only the one that maps it is chosen.
     let service = service("h", &[], &[(80, 0)]);
     let rows = snapshot([backing(pod("a", &["10.0.0.1"]), "h", &[]), backing(pod("b", &["10.0.0.2"]), "h", &[(80, 81)])], [service.clone()]);
     let mut rng = rng();
-    assert!((0..50).all(|_| choose(&rows, &service, &pod("client", &[]), 80, &mut rng).is_some_and(|(workload, _)| workload.name == "b")));
+    assert!((0..50).all(|_| choose(&rows, &pod("client", &[]), wanted(&service, 80), &mut rng).is_some_and(|(workload, _)| workload.name == "b")));
+}
+
+#[test]
+fn a_captured_waypoint_needs_no_port_in_its_service_and_nobody_else_does_without() {
+    let tunnel = |port| crate::model::ApplicationTunnel { protocol: crate::model::ApplicationProtocol::Proxy, port };
+    let captured = |port| with(backing(pod("way", &["10.0.0.6"]), "way", &[]), |profile| profile.application_tunnel = Some(tunnel(port)));
+    let mapped = with(backing(pod("way", &["10.0.0.6"]), "way", &[(15008, 15007)]), |profile| profile.application_tunnel = Some(tunnel(None)));
+    let plain = backing(pod("way", &["10.0.0.6"]), "way", &[]);
+    for (rule, endpoint, service_ports, kind, expected) in [
+        ("no port", captured(Some(15088)), vec![], Kind::Waypoint, Some(15008)),
+        ("a named port that it does not have", captured(Some(15088)), vec![(15008, 0)], Kind::Waypoint, Some(15008)),
+        ("a port", captured(Some(15088)), vec![(15008, 15009)], Kind::Waypoint, Some(15009)),
+        ("its own mapping", mapped, vec![], Kind::Waypoint, Some(15007)),
+        ("no port of its own", captured(None), vec![], Kind::Waypoint, None),
+        ("not captured", plain.clone(), vec![], Kind::Waypoint, None),
+        ("not captured, with a port", plain, vec![(15008, 15008)], Kind::Waypoint, Some(15008)),
+        ("called itself", captured(Some(15088)), vec![], Kind::Workload, None),
+        ("called itself by a named port", captured(Some(15088)), vec![(15008, 0)], Kind::Workload, None),
+        ("the way to a network", captured(Some(15088)), vec![], Kind::NetworkGateway, None),
+    ] {
+        let service = service("way", &[], &service_ports);
+        let rows = snapshot([endpoint], [service.clone()]);
+        let chosen = choose(&rows, &pod("client", &[]), Wanted { service: &service, port: 15008, kind }, &mut rng());
+        assert_eq!(chosen.map(|(_, port)| port), expected, "{rule}");
+    }
 }

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use super::super::tests::{backing, ip, key, pod, ports, service, snapshot, socket, with};
+use super::super::tests::{backing, behind, gateway, gateway_named, key, pod, ports, service, snapshot, socket, with, with_waypoint};
 use super::*;
-use crate::model::{ApplicationTunnel, GatewayAddress, GatewayDestination, NetworkAddress, Visibility};
+use crate::model::{ApplicationTunnel, NetworkAddress, Visibility, WeightedWaypoint};
 
 fn tunnelled(workload: Workload, protocol: ApplicationProtocol, port: Option<u16>) -> Workload {
     with(workload, |profile| profile.application_tunnel = Some(ApplicationTunnel { protocol, port }))
@@ -10,8 +10,12 @@ fn tunnelled(workload: Workload, protocol: ApplicationProtocol, port: Option<u16
 
 /// What becomes of a CONNECT that reached the pod at 10.0.0.1.
 fn connect(snapshot: &Snapshot, workload: &Workload, authority: &str) -> Result<SocketAddr, RouteError> {
+    target(snapshot, workload, authority).map(|target| target.address)
+}
+
+fn target(snapshot: &Snapshot, workload: &Workload, authority: &str) -> Result<Target, RouteError> {
     let authority = authority.parse().unwrap();
-    validate(workload, &authority, socket("10.0.0.1:15008"))?.resolve(snapshot, &RouteConfig::default())
+    validate(snapshot, &RouteConfig::default(), workload, &authority, socket("10.0.0.1:15008"))?.resolve()
 }
 
 #[test]
@@ -25,16 +29,65 @@ fn an_address_must_be_the_one_that_the_peer_connected_to() {
     }
     let authority = "[2001:db8::1]:80".parse().unwrap();
     let mapped = "10.0.0.1:80".parse().unwrap();
-    assert!(validate(&server, &authority, socket("[2001:db8::1]:15008")).is_ok());
-    assert!(validate(&server, &mapped, socket("[::ffff:10.0.0.1]:15008")).is_ok());
+    let config = RouteConfig::default();
+    assert!(validate(&rows, &config, &server, &authority, socket("[2001:db8::1]:15008")).is_ok());
+    assert!(validate(&rows, &config, &server, &mapped, socket("[::ffff:10.0.0.1]:15008")).is_ok());
 }
 
 #[test]
-fn an_address_is_not_accepted_for_another_workload_even_if_this_one_is_its_waypoint() {
-    let destination = GatewayDestination::Address(NetworkAddress { network: "".into(), ip: ip("10.0.0.1") });
-    let behind = with(pod("behind", &["10.0.0.2"]), |profile| profile.waypoint = Some(GatewayAddress { destination, hbone_port: 15008 }));
-    let rows = snapshot([behind, pod("server", &["10.0.0.1"])], []);
-    assert!(matches!(connect(&rows, &pod("server", &["10.0.0.1"]), "10.0.0.2:80"), Err(RouteError::IpMismatch { .. })));
+fn an_address_is_accepted_for_whatever_has_this_pod_as_its_waypoint_and_for_nothing_else() {
+    let way = backing(pod("way", &["10.0.0.1"]), "way.x", &[]);
+    let weighted = |weight| {
+        let weighted_waypoints = vec![
+            WeightedWaypoint { destination: gateway("10.0.0.77"), weight: 1 },
+            WeightedWaypoint { destination: gateway_named("way.x", 15008), weight },
+        ];
+        Service { weighted_waypoints, ..service("w", &["10.1.0.4"], &[]) }
+    };
+    let rows = snapshot(
+        [
+            way.clone(),
+            backing(pod("sibling", &["10.0.0.6"]), "way.x", &[]),
+            behind(pod("by-address", &["10.0.0.2"]), gateway("10.0.0.1")),
+            behind(pod("by-vip", &["10.0.0.3"]), gateway("10.1.0.9")),
+            behind(pod("by-name", &["10.0.0.4"]), gateway_named("way.x", 15008)),
+            behind(pod("of-another", &["10.0.0.5"]), gateway("10.0.0.77")),
+            behind(pod("of-a-sibling", &["10.0.0.7"]), gateway("10.0.0.6")),
+            behind(pod("of-nobody", &["10.0.0.8"]), gateway_named("gone.x", 15008)),
+            pod("free", &["10.0.0.9"]),
+        ],
+        [
+            service("way.x", &["10.1.0.9"], &[(15008, 15008)]),
+            with_waypoint(service("s", &["10.1.0.1"], &[]), gateway_named("way.x", 15008)),
+            with_waypoint(service("t", &["10.1.0.2"], &[]), gateway("10.0.0.77")),
+            service("free.x", &["10.1.0.3"], &[]),
+            weighted(0),
+        ],
+    );
+    for (authority, accepted) in [
+        ("10.0.0.2:80", true),
+        ("[::ffff:10.0.0.2]:80", true),
+        ("10.0.0.3:80", true),
+        ("10.0.0.4:80", true),
+        ("10.1.0.1:80", true),
+        ("10.1.0.4:80", true),
+        ("10.0.0.5:80", false),
+        ("10.0.0.7:80", false),
+        ("10.0.0.8:80", false),
+        ("10.0.0.9:80", false),
+        ("10.1.0.2:80", false),
+        ("10.1.0.3:80", false),
+        // Its own service is not behind it, and nobody knows this one.
+        ("10.1.0.9:80", false),
+        ("192.0.2.1:80", false),
+    ] {
+        let outcome = connect(&rows, &way, authority);
+        if accepted {
+            assert_eq!(outcome, Ok(socket("10.0.0.1:80")), "{authority}");
+        } else {
+            assert!(matches!(outcome, Err(RouteError::IpMismatch { .. })), "{authority}: {outcome:?}");
+        }
+    }
 }
 
 #[test]
@@ -44,10 +97,34 @@ fn a_workload_with_an_application_tunnel_takes_any_address_at_its_own() {
     let kept = tunnelled(server(), ApplicationProtocol::None, None);
     assert_eq!(connect(&rows, &kept, "10.9.9.9:80"), Ok(socket("10.0.0.1:80")));
     let moved = tunnelled(server(), ApplicationProtocol::None, Some(15088));
-    assert_eq!(connect(&rows, &moved, "10.9.9.9:80"), Ok(socket("10.0.0.1:15088")));
+    assert_eq!(target(&rows, &moved, "10.9.9.9:80"), Ok(Target { address: socket("10.0.0.1:15088"), announce: None }));
     assert!(matches!(connect(&rows, &moved, "10.9.9.9:15008"), Err(RouteError::RecursiveCall(_))), "refused before the override");
     let told = tunnelled(server(), ApplicationProtocol::Proxy, Some(15088));
-    assert!(matches!(connect(&rows, &told, "10.9.9.9:80"), Err(RouteError::ProxyHeader(_))));
+    let announced = |address, announce| Ok(Target { address: socket(address), announce: Some(socket(announce)) });
+    assert_eq!(target(&rows, &told, "10.9.9.9:80"), announced("10.0.0.1:15088", "10.9.9.9:80"));
+    assert_eq!(target(&rows, &told, "[2001:db8::9]:80"), announced("10.0.0.1:15088", "[2001:db8::9]:80"));
+    let told = tunnelled(server(), ApplicationProtocol::Proxy, None);
+    assert_eq!(target(&rows, &told, "10.9.9.9:80"), announced("10.0.0.1:80", "10.9.9.9:80"));
+}
+
+#[test]
+fn a_service_that_was_asked_for_by_name_is_announced_by_an_address_of_this_network_and_ipv4_first() {
+    let on = |network: &str, ip: &str| NetworkAddress { network: network.into(), ip: ip.parse().unwrap() };
+    let of = |vips: Vec<NetworkAddress>, pairs: &[(u16, u16)]| Service { vips, ..service("web.x", &[], pairs) };
+    let told = tunnelled(pod("way", &["10.0.0.1"]), ApplicationProtocol::Proxy, Some(15088));
+    for (vips, expected) in [
+        (vec![on("", "2001:db8::1"), on("", "10.1.0.1"), on("far", "10.1.0.2")], "10.1.0.1:80"),
+        (vec![on("far", "10.1.0.2"), on("", "2001:db8::1")], "[2001:db8::1]:80"),
+        (vec![on("far", "2001:db8::1"), on("far", "10.1.0.2")], "10.1.0.2:80"),
+    ] {
+        // The port of a service that it does not back need not lead anywhere on a waypoint.
+        let rows = snapshot([], [of(vips, &[(80, 0)])]);
+        let expected = Target { address: socket("10.0.0.1:15088"), announce: Some(socket(expected)) };
+        assert_eq!(target(&rows, &told, "web.x:80"), Ok(expected));
+    }
+    let rows = snapshot([], [of(vec![], &[(80, 8080)])]);
+    assert_eq!(target(&rows, &told, "web.x:80"), Err(RouteError::NoAddress("default/web.x".into())));
+    assert!(matches!(target(&rows, &told, "web.x:81"), Err(RouteError::ServicePort { port: 81, .. })));
 }
 
 #[test]
