@@ -1,0 +1,45 @@
+//! What `deploy/` promises: an image of one static file, scripts that say what they do and what they miss.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "deploy/image.rs"]
+mod image;
+#[path = "deploy/scripts.rs"]
+mod scripts;
+#[path = "deploy/stubs.rs"]
+mod stubs;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A file or folder of `deploy/`.
+fn deploy(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(path)
+}
+
+/// Whether a program is there. Where `CI` is `true` it must be; elsewhere what needs it is skipped and says so.
+fn has(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    if !found {
+        skipped(&format!("{program} is missing"));
+    }
+    found
+}
+
+/// Says why a test is skipped; where `CI` is `true`, nothing may be.
+fn skipped(reason: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "{reason}");
+    eprintln!("skipped: {reason}");
+}
+
+/// Runs a command to its end.
+fn run(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// What a command printed, which must have worked.
+fn printed(command: &mut Command) -> String {
+    let output = run(command);
+    assert!(output.status.success(), "{command:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
