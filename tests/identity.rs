@@ -445,29 +445,43 @@ async fn t1_only_tls13_with_the_agreed_suites_and_groups() {
 }
 
 #[tokio::test]
-async fn t1_the_options_change_only_what_they_say() {
+async fn t1_preferring_aes128_changes_only_the_order_offered() {
     let ca = Authority::root("root");
-    let peer = ca.leaf(workload(&[PEER]));
-    let old_client = || Arc::new(peer.client_with(aws_lc_rs::default_provider(), &[&rustls::version::TLS12]));
-    let tls12 = ours_with(&ca, &ca, Config { tls12: true, ..Config::default() }).await;
-    let outcome = shake(tls12.server_config(), old_client()).await;
-    assert_eq!(outcome.server.unwrap().0.version, rustls::ProtocolVersion::TLSv1_2);
-    let both = shake(tls12.server_config(), tls12.client_config()).await;
-    assert_eq!(both.server.unwrap().0.version, rustls::ProtocolVersion::TLSv1_3);
-    let stranger = Authority::root("x").leaf(workload(&[PEER])).client_with(aws_lc_rs::default_provider(), &[&rustls::version::TLS12]);
-    let refused = shake(tls12.server_config(), Arc::new(stranger)).await;
-    assert_eq!(explain_io(&refused.server.unwrap_err()).reason, "unknown_issuer", "peers are verified over TLS 1.2 too");
-
-    let quantum = ours_with(&ca, &ca, Config { post_quantum_only: true, tls12: true, ..Config::default() }).await;
-    let both = shake(quantum.server_config(), quantum.client_config()).await;
-    assert_eq!(both.server.unwrap().0.group, rustls::NamedGroup::X25519MLKEM768);
-    assert!(shake(quantum.server_config(), old_client()).await.server.is_err());
-    let classic = rustls::crypto::CryptoProvider { kx_groups: vec![kx_group::X25519], ..aws_lc_rs::default_provider() };
-    assert!(shake(quantum.server_config(), Arc::new(peer.client_with(classic, &[&rustls::version::TLS13]))).await.server.is_err());
-
     let light = ours_with(&ca, &ca, Config { prefer_aes128: true, ..Config::default() }).await;
     let outcome = shake(ours(&ca).await.server_config(), light.client_config()).await;
     assert_eq!(outcome.server.unwrap().0.suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+}
+
+#[tokio::test]
+async fn with_the_pqc_policy_both_sides_offer_and_accept_only_x25519mlkem768() {
+    let ca = Authority::root("root");
+    let peer = ca.leaf(workload(&[PEER]));
+    let quantum = ours_with(&ca, &ca, Config { post_quantum_only: true, ..Config::default() }).await;
+    let hybrid = rustls::NamedGroup::X25519MLKEM768;
+    let both = shake(quantum.server_config(), quantum.client_config()).await;
+    let (server, client) = (both.server.unwrap().0, both.client.unwrap().0);
+    assert_eq!((server.group, client.group, server.version), (hybrid, hybrid, rustls::ProtocolVersion::TLSv1_3));
+    // Peers that know all groups end up with it although they prefer others; they had to be asked for it, or it was all that was offered.
+    let knowing = shake(quantum.server_config(), Arc::new(peer.client())).await;
+    assert_eq!(knowing.server.unwrap().0.group, hybrid);
+    let knowing = shake(Arc::new(peer.server()), quantum.client_config()).await;
+    assert_eq!(knowing.client.unwrap().0.group, hybrid);
+    // Each other group alone is refused, in both directions; so is TLS 1.2.
+    for group in [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1, kx_group::MLKEM768, kx_group::SECP256R1MLKEM768] {
+        let other = || rustls::crypto::CryptoProvider { kx_groups: vec![group], ..aws_lc_rs::default_provider() };
+        let accepting = shake(quantum.server_config(), Arc::new(peer.client_with(other(), &[&rustls::version::TLS13]))).await;
+        assert_eq!(explain_io(&accepting.server.unwrap_err()).reason, "incompatible", "accepted {group:?}");
+        let mut server = ServerConfig::builder_with_provider(Arc::new(other()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(peer.certified.clone())));
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        let offering = shake(Arc::new(server), quantum.client_config()).await;
+        assert_eq!(explain_io(&offering.server.unwrap_err()).reason, "incompatible", "offered {group:?}");
+    }
+    let old = peer.client_with(aws_lc_rs::default_provider(), &[&rustls::version::TLS12]);
+    assert!(shake(quantum.server_config(), Arc::new(old)).await.server.is_err());
 }
 
 #[tokio::test]

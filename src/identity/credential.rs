@@ -75,19 +75,19 @@ impl Credential {
         let certified = Arc::new(CertifiedKey::new(chain.clone(), pending.key));
         certified.keys_match().map_err(|error| match error {
             Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => AnswerProblem::OtherKey,
-            other => AnswerProblem::Untrusted(other.to_string()),
+            other => AnswerProblem::Untrusted(explain(&other)),
         })?;
 
         let untrusted = |error: Error| match PeerError::within(&error) {
             Some(peer) => AnswerProblem::Leaf(peer.clone()),
-            None => AnswerProblem::Untrusted(explain(&error).text.into_owned()),
+            None => AnswerProblem::Untrusted(explain(&error)),
         };
         let mut store = RootCertStore::empty();
         for root in &roots {
             store.add(root.clone()).map_err(|error| AnswerProblem::Malformed(format!("a root cannot be read: {error}")))?;
         }
         let store = Arc::new(store);
-        let now = shape.now().ok_or_else(|| AnswerProblem::Untrusted("the clock is before 1970".to_owned()))?;
+        let now = shape.now().ok_or_else(|| untrusted(Error::FailedToGetCurrentTime))?;
         let servers = Arc::new(ServerVerifier::new(store.clone(), &shape.provider));
         let clients = ClientVerifier::new(store, shape.provider.clone(), identity.trust_domain().clone()).map_err(untrusted)?;
         let (leaf, intermediates) = chain.split_first().ok_or(AnswerProblem::Empty)?;

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -14,10 +16,12 @@ use super::certificate::{CertificateEntry, CertificateState};
 use super::credential::Credential;
 use super::error::IdentityError;
 use super::issuer::{Issuer, PendingKey};
+use super::metrics::{self, Requests};
 use super::renewal::{Job, LookUp, Moment, Settled, Table};
 use super::tls::Shape;
 use crate::lifecycle::Clock;
 use crate::model::SpiffeId;
+use crate::telemetry::limited;
 
 /// The longest time between two looks at the wall clock: it may jump, and monotonic timers do not notice.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -38,6 +42,7 @@ struct Store {
     table: Mutex<Table>,
     wake: Notify,
     generation: AtomicU64,
+    requests: Requests,
     /// No handle is left: the loop may end.
     released: AtomicBool,
     /// The loop has ended: nothing will be renewed.
@@ -57,6 +62,7 @@ impl Credentials {
             table: Mutex::default(),
             wake: Notify::new(),
             generation: AtomicU64::new(1),
+            requests: Requests::default(),
             released: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         });
@@ -130,6 +136,30 @@ impl Credentials {
         };
         states.into_iter().map(show).collect()
     }
+
+    /// The metric families of this room. They end with the last handle.
+    #[must_use]
+    pub fn collector(&self) -> Box<dyn Collector> {
+        Box::new(CertificateMetrics(Arc::downgrade(&self.handle.0)))
+    }
+}
+
+/// Holds no handle, or the renewal loop would never end.
+struct CertificateMetrics(Weak<Store>);
+
+impl fmt::Debug for CertificateMetrics {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("CertificateMetrics")
+    }
+}
+
+impl Collector for CertificateMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(store) = self.0.upgrade() else { return Ok(()) };
+        let now = store.clock.now();
+        let census = store.table().census(now);
+        metrics::encode(&mut encoder, &store.requests, census, now)
+    }
 }
 
 impl fmt::Debug for Credentials {
@@ -188,6 +218,7 @@ impl Store {
             _ = forgotten => return,
         };
         let failure = answer.as_ref().err().cloned();
+        self.requests.count(failure.as_ref());
         let expires = answer.as_ref().ok().map(|credential| credential.not_after);
         let now = self.moment();
         let luck = rand::random_range(-1.0..=1.0);
@@ -200,7 +231,8 @@ impl Store {
             Settled::Retry { delay, serving } => {
                 let error = failure.map(|error| error.to_string()).unwrap_or_default();
                 let then = if serving { "the old certificate is still valid and in use" } else { "connections of this identity fail until then" };
-                tracing::warn!(%identity, error, retry_in_ms = delay.as_millis(), "certificate not issued: {then}");
+                let retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+                limited!(warn, "certificates that were not issued", %identity, error, retry_in_ms, "certificate not issued: {then}");
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::explain::HandshakeFailure;
 use crate::model::{SpiffeError, SpiffeId, Text};
 
 /// Why there is no certificate for an identity, or why the local CA cannot be used. Cheap to clone: every waiter gets a copy.
@@ -21,6 +22,19 @@ pub enum IdentityError {
     /// The issuer refused, or could not be reached.
     #[error("the issuer gave no certificate: {0}")]
     Issuer(String),
+    /// The CA could not be asked: our settings, roots or token, or the way to it.
+    #[error("the CA could not be asked: {0}")]
+    Channel(#[from] crate::grpc::Error),
+    /// The CA answered with an error instead of a certificate.
+    #[error("the CA refused: {text}{hint}")]
+    Refused {
+        /// Of which kind the error is.
+        code: tonic::Code,
+        /// What the CA said, shortened and escaped.
+        text: String,
+        /// What to look at.
+        hint: &'static str,
+    },
     /// The issuer did not answer in time ([`Config::request_timeout`](super::Config::request_timeout)).
     #[error("the issuer did not answer within {0:?}")]
     Timeout(Duration),
@@ -70,9 +84,50 @@ pub enum AnswerProblem {
     /// The leaf is for another key.
     #[error("it certifies another key than the one requested")]
     OtherKey,
-    /// The leaf, or the chain to the roots, would be refused by a peer; the text is that of [`explain`](super::explain).
+    /// The leaf, or the chain to the roots, would be refused by a peer.
     #[error("every peer would refuse it: {0}")]
-    Untrusted(String),
+    Untrusted(HandshakeFailure),
+}
+
+impl IdentityError {
+    /// One of a fixed set of words, fit for a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        use crate::grpc::Error as Channel;
+        match self {
+            Self::LocalCa { .. } | Self::Issuer(_) => "local_ca",
+            Self::Channel(Channel::Setting { .. }) => "setting",
+            Self::Channel(Channel::Roots { .. }) => "roots",
+            Self::Channel(Channel::Token { .. }) => "token",
+            Self::Channel(Channel::Unreachable { .. }) => "unreachable",
+            Self::Channel(Channel::Untrusted { .. }) => "untrusted_ca",
+            Self::Refused { code: tonic::Code::Unauthenticated | tonic::Code::PermissionDenied, .. } => "unauthenticated",
+            // What tonic says of a message over the limit.
+            Self::Refused { code: tonic::Code::OutOfRange, .. } => "too_large",
+            Self::Refused { code: tonic::Code::Unavailable, .. } => "unavailable",
+            Self::Refused { .. } => "refused",
+            Self::Timeout(_) => "timeout",
+            Self::Answer { problem, .. } => problem.reason(),
+            Self::Name(_) | Self::Request(_) => "request",
+            Self::Forgotten(_) | Self::Stopped => "given_up",
+        }
+    }
+}
+
+impl AnswerProblem {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Empty => "answer_empty",
+            Self::NoRoots => "answer_without_roots",
+            Self::Malformed(_) => "answer_malformed",
+            Self::TooLong(_) => "answer_too_long",
+            Self::WrongIdentity(_) => "answer_for_other_identity",
+            Self::OtherKey => "answer_for_other_key",
+            Self::Untrusted(failure) if failure.reason == "expired" => "answer_expired",
+            Self::Untrusted(failure) if failure.reason == "not_yet_valid" => "answer_not_yet_valid",
+            Self::Leaf(_) | Self::Untrusted(_) => "answer_untrusted",
+        }
+    }
 }
 
 /// Why a peer's certificate is not an identity that we accept.

@@ -1,7 +1,8 @@
 //! Who: certificates of the workloads on this node, their renewal, the rustls configurations made of them, and the check of a peer's certificate.
 //! This room never lets a private key out (only certificate requests leave it), never installs an answer that it did not verify, and never
 //! accepts a peer with anything but exactly one SPIFFE name.
-//! Main types: [`Credentials`] (the store that renews), [`Credential`] (one certificate with its configurations), [`Issuer`] and [`LocalIssuer`].
+//! Main types: [`Credentials`] (the store that renews), [`Credential`] (one certificate with its configurations), [`Issuer`] with
+//! [`LocalIssuer`] and [`RemoteIssuer`].
 //!
 //! Sources of the rules: ref dataplane §2.1 (TLS), §7 (issuer, cache and renewal); SPIFFE X.509-SVID §2–5 (one URI name, leaf is not a CA).
 
@@ -13,6 +14,8 @@ mod explain;
 mod issuer;
 mod local;
 mod local_files;
+mod metrics;
+mod remote;
 mod renewal;
 mod secrets;
 mod tls;
@@ -27,6 +30,7 @@ pub use error::{AnswerProblem, IdentityError, PeerError};
 pub use explain::{HandshakeFailure, explain, explain_io};
 pub use issuer::{Issued, Issuer, IssuerFuture, SigningRequest};
 pub use local::LocalIssuer;
+pub use remote::RemoteIssuer;
 pub use secrets::{TrafficSecrets, capture_secrets};
 pub use verify::{expect_peer, peer_identity};
 
@@ -45,8 +49,6 @@ pub struct Config {
     pub retry_limit: Duration,
     /// Prefetches that may wait; more are dropped and fetched when first needed. Default 256 (ref §7.3).
     pub prefetch_queue: usize,
-    /// Also accept and offer TLS 1.2 (`TLS12_ENABLED`). Default off. Ignored with `post_quantum_only`, which needs TLS 1.3.
-    pub tls12: bool,
     /// Offer and accept only X25519MLKEM768 (`COMPLIANCE_POLICY=pqc`). Default off: peers without it could not connect.
     pub post_quantum_only: bool,
     /// Offer AES-128-GCM before AES-256-GCM. Default off (ref §2.1). Saves about a fifth of the CPU of bulk encryption; a server follows its client.
@@ -62,7 +64,6 @@ impl Default for Config {
             retry_initial: Duration::from_secs(1),
             retry_limit: Duration::from_secs(150),
             prefetch_queue: 256,
-            tls12: false,
             post_quantum_only: false,
             prefer_aes128: false,
         }

@@ -13,6 +13,7 @@ use super::Config;
 use super::certificate::Validity;
 use super::credential::Credential;
 use super::error::IdentityError;
+use super::metrics::Census;
 use crate::model::SpiffeId;
 
 /// How urgently a certificate is wanted; later is more urgent.
@@ -261,6 +262,23 @@ impl Table {
             }
         };
         self.entries.iter_mut().map(each).collect()
+    }
+
+    /// How many identities are in each state.
+    pub(super) fn census(&mut self, now: SystemTime) -> Census {
+        let mut census = Census::default();
+        for entry in self.entries.values_mut() {
+            entry.expire(now);
+            match &entry.state {
+                State::Initializing(_) => census.initializing += 1,
+                State::Unavailable(_) => census.unavailable += 1,
+                State::Available(credential) => {
+                    census.available += 1;
+                    census.first_expiry = Some(census.first_expiry.map_or(credential.not_after, |first| first.min(credential.not_after)));
+                }
+            }
+        }
+        census
     }
 }
 

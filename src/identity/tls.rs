@@ -20,31 +20,22 @@ use crate::lifecycle::Clock;
 /// The ALPN name of HTTP/2. A peer that offers no ALPN at all passes the handshake: the tunnel checks what was agreed.
 const ALPN: &[u8] = b"h2";
 
+/// TLS 1.2 is never spoken (`TLS12_ENABLED` changes nothing): every peer of a mesh, the reference and Envoy's waypoint among them, speaks 1.3, and the
+/// record layer of the tunnels is that of 1.3 alone.
 static TLS13_ONLY: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
-static WITH_TLS12: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
 
 /// What all configurations of a store share.
 pub(super) struct Shape {
     pub(super) provider: Arc<CryptoProvider>,
-    versions: &'static [&'static SupportedProtocolVersion],
     time: Arc<WallClock>,
 }
 
 impl Shape {
     pub(super) fn new(config: &Config, clock: Clock) -> Self {
         use aws_lc_rs::{cipher_suite as suite, kx_group as group};
-        let tls12 = config.tls12 && !config.post_quantum_only;
         let mut cipher_suites: Vec<SupportedCipherSuite> = vec![suite::TLS13_AES_256_GCM_SHA384, suite::TLS13_AES_128_GCM_SHA256];
         if config.prefer_aes128 {
             cipher_suites.reverse();
-        }
-        if tls12 {
-            cipher_suites.extend([
-                suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-                suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-                suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-                suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-            ]);
         }
         let kx_groups = if config.post_quantum_only {
             vec![group::X25519MLKEM768]
@@ -52,8 +43,7 @@ impl Shape {
             vec![group::X25519, group::SECP256R1, group::SECP384R1, group::X25519MLKEM768]
         };
         let provider = CryptoProvider { cipher_suites, kx_groups, ..aws_lc_rs::default_provider() };
-        let versions = if tls12 { WITH_TLS12 } else { TLS13_ONLY };
-        Self { provider: Arc::new(provider), versions, time: Arc::new(WallClock(clock)) }
+        Self { provider: Arc::new(provider), time: Arc::new(WallClock(clock)) }
     }
 
     /// The time that certificates are judged by.
@@ -63,7 +53,7 @@ impl Shape {
 
     pub(super) fn server(&self, verifier: Arc<ClientVerifier>, key: Arc<CertifiedKey>) -> Result<ServerConfig, Error> {
         let mut config = ServerConfig::builder_with_details(self.provider.clone(), self.time.clone())
-            .with_protocol_versions(self.versions)?
+            .with_protocol_versions(TLS13_ONLY)?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -78,7 +68,7 @@ impl Shape {
 
     pub(super) fn client(&self, verifier: Arc<ServerVerifier>, key: Arc<CertifiedKey>) -> Result<ClientConfig, Error> {
         let mut config = ClientConfig::builder_with_details(self.provider.clone(), self.time.clone())
-            .with_protocol_versions(self.versions)?
+            .with_protocol_versions(TLS13_ONLY)?
             .dangerous()
             .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key)));

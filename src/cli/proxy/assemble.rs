@@ -17,13 +17,15 @@ use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
+use super::control_plane::CaSource;
 use super::settings::{Mode, Settings};
 use super::workers::Workers;
 use crate::admin::{self, AdminSources, Readiness};
 use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh};
+use crate::grpc::Dialer;
 use crate::hbone::{Endpoint, ReceiveBudget};
-use crate::identity::{Credentials, LocalIssuer};
+use crate::identity::{Credentials, Issuer, LocalIssuer, RemoteIssuer};
 use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
@@ -62,6 +64,9 @@ fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
     if let Err(error) = sys::memory::return_while_idle() {
         tracing::warn!("memory of past peaks will be kept while the proxy is idle: {error}");
     }
+    if settings.tls12 {
+        tracing::warn!("TLS12_ENABLED has no effect: tunnels are TLS 1.3 only, which every peer of a mesh speaks");
+    }
     let data = Workers::start(settings.workers)?;
     let desk = tokio::runtime::Builder::new_current_thread().thread_name("culvert-desk").enable_all().build()?;
     tracing::info!(mode = ?settings.mode, node = settings.node_name, workers = settings.workers, nofile, "culvert {} starts", env!("CARGO_PKG_VERSION"));
@@ -84,6 +89,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let mesh = local::start(settings.source.clone(), config).await?;
     state_ready.ready();
     let credentials = credentials(&settings, &supervisor)?;
+    telemetry.registry(|registry| registry.register_collector(credentials.collector()));
     supervisor.supervise("certificate prefetch", prefetch_certificates(mesh.clone(), credentials.clone()));
 
     let (unauthenticated, per_source) = settings.unauthenticated;
@@ -142,15 +148,15 @@ async fn wait_and_drain(settings: &Settings, trigger: DrainTrigger, quit: &Notif
 }
 
 fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<Credentials> {
-    let issuer = LocalIssuer::load(&settings.local_ca_dir, Clock::system())?;
-    tracing::warn!(directory = %settings.local_ca_dir.display(), "signing certificates in process: for a lab or a single machine only");
-    let config = crate::identity::Config {
-        ttl: settings.secret_ttl,
-        tls12: settings.tls12,
-        post_quantum_only: settings.pqc,
-        ..crate::identity::Config::default()
+    let issuer: Arc<dyn Issuer> = match &settings.ca {
+        CaSource::Local(directory) => Arc::new(LocalIssuer::load(directory, Clock::system())?),
+        CaSource::Remote(config) => {
+            tracing::info!(ca = %config.address, token = ?config.token, roots = %config.roots, "certificates come from a CA");
+            Arc::new(RemoteIssuer::new(Dialer::new((**config).clone())?, settings.mode == Mode::Shared))
+        }
     };
-    let (credentials, renewal) = Credentials::new(config, Arc::new(issuer), Clock::system());
+    let config = crate::identity::Config { ttl: settings.secret_ttl, post_quantum_only: settings.pqc, ..crate::identity::Config::default() };
+    let (credentials, renewal) = Credentials::new(config, issuer, Clock::system());
     supervisor.supervise("certificate renewal", renewal);
     Ok(credentials)
 }

@@ -1,6 +1,7 @@
 //! `culvert proxy`: its settings, and the assembly of the rooms.
 
 mod assemble;
+mod control_plane;
 mod settings;
 mod workers;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::super::duration;
+use super::control_plane::{CaArgs, CaSource};
 use crate::discovery::LocalName;
 use crate::discovery::local::LocalSource;
 use crate::sys::socket::{Keepalive, Transparency};
@@ -44,10 +45,8 @@ pub(crate) struct Args {
     /// The same, as text.
     #[arg(long, env = "LOCAL_XDS", conflicts_with = "local_xds_path")]
     local_xds: Option<String>,
-    /// Directory with ca-cert.pem, ca-key.pem, root-cert.pem and cert-chain.pem; certificates are signed in process. For the lab and for a
-    /// single machine.
-    #[arg(long, env = "LOCAL_CA_DIR")]
-    local_ca_dir: Option<PathBuf>,
+    #[command(flatten)]
+    ca: CaArgs,
     /// How long workload certificates are valid.
     #[arg(long, env = "SECRET_TTL", default_value = "24h", value_parser = duration::parse)]
     secret_ttl: Duration,
@@ -142,7 +141,7 @@ pub(crate) struct Args {
     /// Send baggage in responses, and believe the baggage of requests (telemetry only).
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
     enable_response_baggage: bool,
-    /// Also allow TLS 1.2 between proxies.
+    /// Accepted and ignored: tunnels are TLS 1.3 only, which every peer of a mesh speaks.
     #[arg(long, env = "TLS12_ENABLED", default_value = "false")]
     tls12_enabled: String,
     /// `pqc`: only post-quantum key exchange.
@@ -190,7 +189,7 @@ pub(super) struct Settings {
     pub(super) node_name: String,
     pub(super) own: Option<LocalName>,
     pub(super) source: LocalSource,
-    pub(super) local_ca_dir: PathBuf,
+    pub(super) ca: CaSource,
     pub(super) secret_ttl: Duration,
     pub(super) pods: crate::pods::Config,
     pub(super) ipv6: bool,
@@ -232,8 +231,8 @@ impl Args {
             (None, Some(text)) => LocalSource::Text(text.clone()),
             (None, None) => bail!("no source of workloads, services and policies: set LOCAL_XDS_PATH to a file or LOCAL_XDS to its text"),
         };
-        let local_ca_dir =
-            self.local_ca_dir.clone().context("no source of certificates: set LOCAL_CA_DIR to a directory with ca-cert.pem and ca-key.pem")?;
+        let pqc = self.compliance_policy == "pqc";
+        let ca = self.ca.source(&self.cluster_id(), pqc)?;
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
@@ -248,7 +247,7 @@ impl Args {
             node_name: self.node_name.clone(),
             own: self.own_name(&mode),
             source,
-            local_ca_dir,
+            ca,
             secret_ttl: self.secret_ttl,
             pods: crate::pods::Config {
                 socket: self.inpod_uds.clone(),
@@ -297,7 +296,7 @@ impl Args {
             drain: self.drain(),
             workers: workers(self.worker_threads.as_deref(), cpus()).context("ZTUNNEL_WORKER_THREADS")?,
             tls12: self.tls12_enabled == "true",
-            pqc: self.compliance_policy == "pqc",
+            pqc,
             log: self.log.clone(),
             log_json: self.log_format == "json",
             istio_version: self.istio_version.clone(),
@@ -321,6 +320,11 @@ impl Args {
         }
     }
 
+    /// `ISTIO_META_CLUSTER_ID` wins (reference, dataplane §10.1).
+    fn cluster_id(&self) -> String {
+        std::env::var("ISTIO_META_CLUSTER_ID").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| self.cluster_id.clone())
+    }
+
     fn own_name(&self, mode: &Mode) -> Option<LocalName> {
         let own = |text: &Option<String>| text.as_deref().filter(|text| !text.is_empty()).map(crate::model::Text::from);
         let name = LocalName { name: own(&self.pod_name)?, namespace: own(&self.pod_namespace)?, service_account: own(&self.service_account)? };
@@ -341,7 +345,8 @@ impl Args {
     fn dump(&self) -> serde_json::Value {
         serde_json::json!({
             "proxyMode": self.mode, "proxyWorkloadInformation": self.workload_info, "localNode": self.node_name, "network": self.network,
-            "clusterId": self.cluster_id, "localXdsPath": self.local_xds_path, "localCaDir": self.local_ca_dir, "inpodUds": self.inpod_uds,
+            "clusterId": self.cluster_id(), "localXdsPath": self.local_xds_path, "localCaDir": self.ca.local_ca_dir,
+            "caAddress": self.ca.ca_address, "caRootCa": self.ca.ca_root_ca, "altCaHostname": self.ca.alt_ca_hostname, "inpodUds": self.inpod_uds,
             "inpodPortReuse": self.inpod_port_reuse, "packetMark": self.packet_mark, "requireOriginalSource": self.enable_orig_src,
             "secretTtl": format!("{:?}", self.secret_ttl), "windowSize": self.http2_stream_window_size,
             "connectionWindowSize": self.http2_connection_window_size, "frameSize": self.http2_frame_size, "maxStreams": self.max_streams,

@@ -200,9 +200,8 @@ fn suites_and_groups_are_those_agreed() {
     assert_eq!(suites, ["TLS13_AES_256_GCM_SHA384", "TLS13_AES_128_GCM_SHA256"]);
     assert_eq!(groups, ["X25519", "secp256r1", "secp384r1", "X25519MLKEM768"]);
     assert_eq!(names(Config { prefer_aes128: true, ..Config::default() }).0, ["TLS13_AES_128_GCM_SHA256", "TLS13_AES_256_GCM_SHA384"]);
-    let (suites, groups) = names(Config { post_quantum_only: true, tls12: true, ..Config::default() });
+    let (suites, groups) = names(Config { post_quantum_only: true, ..Config::default() });
     assert_eq!((suites.len(), groups), (2, vec!["X25519MLKEM768".to_owned()]));
-    assert_eq!(names(Config { tls12: true, ..Config::default() }).0.len(), 6);
 }
 
 /// Hands keys on to the real provider and keeps a copy.
