@@ -1,19 +1,41 @@
-//! What `deploy/` promises: an image of one static file, scripts that say what they do and what they miss.
+//! What `deploy/` promises: an image of one static file, manifests that take ztunnel's place, scripts that say what they do and what they miss.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "deploy/image.rs"]
 mod image;
+#[path = "deploy/manifests.rs"]
+mod manifests;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
+#[path = "support/pki.rs"]
+mod pki;
+#[path = "deploy/rights.rs"]
+mod rights;
 #[path = "deploy/scripts.rs"]
 mod scripts;
 #[path = "deploy/stubs.rs"]
 mod stubs;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// A file or folder of `deploy/`.
 fn deploy(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(path)
+}
+
+/// Every file below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
 }
 
 /// Whether a program is there. Where `CI` is `true` it must be; elsewhere what needs it is skipped and says so.

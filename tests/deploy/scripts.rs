@@ -1,25 +1,10 @@
 //! The scripts of `deploy/`, without a cluster.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::stubs::Stubs;
-use super::{deploy, has, run};
-
-/// Every file below a folder.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            found.extend(files(&path));
-        } else {
-            found.push(path);
-        }
-    }
-    found
-}
+use super::{deploy, files, has, run};
 
 fn scripts() -> Vec<PathBuf> {
     let mut scripts = files(&deploy(""));
