@@ -124,9 +124,10 @@ fn settings() -> BTreeMap<String, Option<String>> {
         .split("[env: ")
         .skip(1)
         .map(|rest| {
-            let (name, rest) = rest.split_once("=]").unwrap();
+            // A secret's value would not be shown, so it has no sign of equality.
+            let (name, rest) = rest.split_once(']').unwrap();
             let default = rest.trim_start().strip_prefix("[default: ").and_then(|rest| rest.split_once(']'));
-            (name.to_owned(), default.map(|(value, _)| value.to_owned()))
+            (name.trim_end_matches('=').to_owned(), default.map(|(value, _)| value.to_owned()))
         })
         .collect();
     assert!(settings.len() > 40, "{settings:?}");
