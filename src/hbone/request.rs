@@ -167,7 +167,11 @@ impl ConnectRequest {
         put(&mut block, "baggage", self.baggage.as_ref().map(Baggage::to_header).as_deref());
         put(&mut block, "forwarded", self.forwarded.as_deref());
         put(&mut block, "traceparent", self.traceparent.as_deref());
-        put(&mut block, "x-forwarded-network", self.forwarded_network.as_deref());
+        // An empty name is a name too: that of the default network.
+        match self.forwarded_network.as_deref() {
+            Some("") => hpack::header("x-forwarded-network", b"", &mut block),
+            network => put(&mut block, "x-forwarded-network", network),
+        }
         block
     }
 }

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::Error;
 use super::policies::{AuthorizationPolicy, PeerAuthentication};
+use super::waypoints::{self, ApplicationTunnel, Namespace, WeightedWaypoint};
 
 /// Bridges, addresses and names are laid out for at most this many nodes, and pods on one node.
 pub(super) const MOST: usize = 250;
@@ -17,6 +18,9 @@ pub(super) const MOST: usize = 250;
 pub struct Definition {
     /// The machines of the mesh; each gets a network namespace and a proxy.
     pub nodes: Vec<Node>,
+    /// What holds for whole namespaces.
+    #[serde(default)]
+    pub namespaces: Vec<Namespace>,
     /// The pods.
     #[serde(default)]
     pub pods: Vec<Pod>,
@@ -131,6 +135,23 @@ pub struct Pod {
     /// Gives it an empty `/tmp` in memory.
     #[serde(default)]
     pub tmpfs: bool,
+    /// It speaks HBONE itself, like a waypoint: the mesh takes it for a member although it is not captured. In `POD_FILES` are its `chain.pem`,
+    /// `key.pem` and `root.pem`.
+    #[serde(default)]
+    pub native_tunnel: bool,
+    /// It is captured and a waypoint: how it gets its connections.
+    #[serde(default)]
+    pub application_tunnel: Option<ApplicationTunnel>,
+    /// Waypoint of connections to its own addresses: a service or a pod, as NAME or NAMESPACE/NAME; `none` for none.
+    #[serde(default)]
+    pub waypoint: Option<String>,
+    /// The network that the mesh takes it to be on.
+    #[serde(default)]
+    pub network: String,
+    /// Files for its command, by name, in the directory `POD_FILES`. Filled in: `@{files}`, that directory; `@{pod:NAME}` and `@{service:NAME}`,
+    /// IPv4 addresses.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
     /// Environment of its dedicated proxy, over `proxyEnv`.
     #[serde(default)]
     pub proxy_env: BTreeMap<String, String>,
@@ -202,6 +223,12 @@ pub struct Service {
     /// Virtual addresses instead of assigned ones.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
+    /// Its waypoint: a service or a pod, as NAME or NAMESPACE/NAME; `none` for none.
+    #[serde(default)]
+    pub waypoint: Option<String>,
+    /// Several waypoints, each with its share.
+    #[serde(default)]
+    pub weighted_waypoints: Vec<WeightedWaypoint>,
 }
 
 /// A port of a service.
@@ -321,11 +348,18 @@ impl Definition {
             if pod.command.as_ref().is_some_and(|command| command.arguments().first().is_none_or(String::is_empty)) {
                 return refuse(format!("pod {}: command is empty", pod.name));
             }
+            if pod.native_tunnel && pod.captured {
+                return refuse(format!("pod {}: nativeTunnel needs captured: false", pod.name));
+            }
+            if pod.files.keys().any(|name| name.is_empty() || name.starts_with('.') || name.contains('/')) {
+                return refuse(format!("pod {}: files: a name has no '/' and does not begin with '.'", pod.name));
+            }
             if !pod.wait_for.is_empty() && pod.command.is_none() {
                 return refuse(format!("pod {}: waitFor needs a command that listens", pod.name));
             }
         }
         self.check_services()?;
+        waypoints::check(self)?;
         for policy in &self.authorization_policies {
             policy.translate()?;
         }

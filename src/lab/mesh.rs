@@ -7,6 +7,7 @@ use super::Error;
 use super::definition::{Definition, InternalTrafficPolicy, Pod, Service, TargetPort, TrafficDistribution};
 use super::plan::{Addresses, Plan, hostname};
 use super::policies::{ROOT_NAMESPACE, peer_policies, peer_policy_keys};
+use super::waypoints::{self, ApplicationProtocol};
 
 /// Whether a pod is behind a service.
 pub(super) fn selects(service: &Service, pod: &Pod) -> bool {
@@ -24,7 +25,7 @@ pub(super) fn uid(pod: &Pod) -> String {
 pub(super) fn file(definition: &Definition, plan: &Plan) -> Result<String, Error> {
     let mut workloads: Vec<Value> = definition.pods.iter().map(|pod| workload(definition, plan, pod)).collect();
     workloads.extend(definition.extra.workloads.iter().cloned());
-    let mut services: Vec<Value> = definition.services.iter().map(|one| service(plan, one)).collect();
+    let mut services: Vec<Value> = definition.services.iter().map(|one| service(definition, plan, one)).collect();
     services.extend(definition.extra.services.iter().cloned());
     let mut policies = Vec::new();
     for policy in &definition.authorization_policies {
@@ -44,7 +45,21 @@ fn workload(definition: &Definition, plan: &Plan, pod: &Pod) -> Value {
     set("serviceAccount", json!(pod.service_account));
     set("trustDomain", json!(pod.trust_domain));
     set("workloadIps", json!(plan.pod(pod).map(Addresses::list)));
-    set("protocol", json!(if pod.captured { "HBONE" } else { "TCP" }));
+    set("protocol", json!(if pod.captured || pod.native_tunnel { "HBONE" } else { "TCP" }));
+    set("nativeTunnel", json!(pod.native_tunnel));
+    if !pod.network.is_empty() {
+        set("network", json!(pod.network));
+    }
+    if let Some(waypoint) = waypoints::of_pod(definition, plan, pod) {
+        set("waypoint", waypoint);
+    }
+    if let Some(tunnel) = &pod.application_tunnel {
+        let mut entry = json!({"protocol": if tunnel.protocol == ApplicationProtocol::Proxy { "PROXY" } else { "NONE" }});
+        if let Some(port) = tunnel.port {
+            entry["port"] = json!(port);
+        }
+        set("applicationTunnel", entry);
+    }
     set("node", json!(pod.node));
     set("workloadName", json!(label(pod, &["service.istio.io/workload-name"]).unwrap_or(&pod.name)));
     set("workloadType", json!("pod"));
@@ -96,7 +111,7 @@ fn backing(service: &Service, pod: &Pod) -> (String, Value) {
     (format!("{}/{}", service.namespace, hostname(service)), Value::Object(ports))
 }
 
-fn service(plan: &Plan, service: &Service) -> Value {
+fn service(definition: &Definition, plan: &Plan, service: &Service) -> Value {
     let ports: Map<String, Value> = service
         .ports
         .iter()
@@ -119,6 +134,13 @@ fn service(plan: &Plan, service: &Service) -> Value {
     set("canonical", json!(true));
     if let Some(families) = service.ip_families {
         set("ipFamilies", json!(format!("{families:?}")));
+    }
+    if let Some(waypoint) = waypoints::of_service(definition, plan, service) {
+        set("waypoint", waypoint);
+    }
+    let weighted = waypoints::weighted(definition, plan, service);
+    if !weighted.is_empty() {
+        set("weightedWaypoints", Value::Array(weighted));
     }
     if let Some(balancing) = load_balancer(service) {
         set("loadBalancer", balancing);

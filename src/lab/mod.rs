@@ -8,6 +8,7 @@
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
 pub mod bench;
+mod certificates;
 pub mod control;
 pub mod definition;
 pub mod demo;
@@ -24,6 +25,7 @@ mod running;
 mod supervisor;
 mod tasks;
 mod topology;
+mod waypoints;
 pub mod wire_look;
 
 pub use control::Status;

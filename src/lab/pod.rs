@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::Error;
 use super::control::{Netns, PodStatus};
-use super::definition::Pod;
+use super::definition::{Definition, Pod};
 use super::directory::Directory;
 use super::mesh::uid;
 use super::plan::{Addresses, Plan, pod_key};
 use super::tasks::{Program, Task};
+use super::waypoints;
+use crate::model::SpiffeId;
 use crate::sys::netns::NetNs;
 use crate::sys::process::{bind_mount, create_mount_namespace, mount_tmpfs};
 
@@ -30,6 +32,8 @@ pub(super) struct RunningPod {
     mounts: Arc<OwnedFd>,
     /// What its `/etc/hosts` shows.
     hosts: PathBuf,
+    /// Where the files of the definition are, and its certificate if it has one.
+    files: PathBuf,
     env: BTreeMap<String, String>,
     log: PathBuf,
     command: Option<Task>,
@@ -43,7 +47,8 @@ impl RunningPod {
         let key = pod_key(pod);
         let failed = || Error::failed::<io::Error>(format!("cannot make the files of pod {key}"));
         let files = directory.pods().join(key.replace('/', "."));
-        std::fs::create_dir_all(&files).map_err(failed())?;
+        let own = files.join("files");
+        std::fs::create_dir_all(&own).map_err(failed())?;
         let (hosts, resolver) = (files.join("hosts"), files.join("resolv.conf"));
         std::fs::write(&hosts, "").map_err(failed())?;
         std::fs::write(&resolver, "# names of the lab are in /etc/hosts\n").map_err(failed())?;
@@ -58,9 +63,10 @@ impl RunningPod {
             if tmpfs { mount_tmpfs(Path::new("/tmp")) } else { Ok(()) }
         })
         .map_err(failed())?;
-        let own = program.parent().map(|parent| format!("{}:", parent.display())).unwrap_or_default();
+        let beside = program.parent().map(|parent| format!("{}:", parent.display())).unwrap_or_default();
         let facts = [
-            ("PATH", format!("{own}{SEARCH_PATH}")),
+            ("PATH", format!("{beside}{SEARCH_PATH}")),
+            ("POD_FILES", own.display().to_string()),
             ("HOME", "/root".to_owned()),
             ("LANG", "C.UTF-8".to_owned()),
             ("POD_NAME", pod.name.clone()),
@@ -73,12 +79,34 @@ impl RunningPod {
         let mut env: BTreeMap<String, String> = facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         env.extend(pod.env.clone());
         let log = directory.pod_log(&key);
-        Ok(Self { definition: pod.clone(), netns, mounts: Arc::new(mounts), hosts, env, log, command: None, proxy: None })
+        Ok(Self { definition: pod.clone(), netns, mounts: Arc::new(mounts), hosts, files: own, env, log, command: None, proxy: None })
     }
 
     /// Replaces what its `/etc/hosts` says. In place, because a mount holds on to the file.
     pub(super) fn write_hosts(&self, text: &str) -> Result<(), Error> {
         std::fs::write(&self.hosts, text).map_err(Error::failed(format!("cannot write {}", self.hosts.display())))
+    }
+
+    /// Where its files are.
+    pub(super) fn files(&self) -> &Path {
+        &self.files
+    }
+
+    /// Who it is.
+    pub(super) fn identity(&self) -> Result<SpiffeId, Error> {
+        let Pod { trust_domain, namespace, service_account, .. } = &self.definition;
+        let identity = SpiffeId::new(trust_domain, namespace, service_account);
+        identity.map_err(Error::failed(format!("pod {} has no identity", pod_key(&self.definition))))
+    }
+
+    /// Writes the files of its definition.
+    pub(super) fn write_files(&self, definition: &Definition, plan: &Plan) -> Result<(), Error> {
+        for (name, text) in &self.definition.files {
+            let text = waypoints::fill_in(text, definition, plan, (&self.definition, &self.files.display().to_string()))?;
+            let path = self.files.join(name);
+            std::fs::write(&path, text).map_err(Error::failed(format!("cannot write {}", path.display())))?;
+        }
+        Ok(())
     }
 
     /// Starts its command and waits until it listens where the definition says.

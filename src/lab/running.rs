@@ -14,7 +14,7 @@ use super::pod::{RunningPod, place};
 use super::proxies::{Proxy, status, wait_until_ready};
 use super::tasks::Task;
 use super::topology::Topology;
-use super::{mesh, mesh::uid};
+use super::{certificates, mesh, mesh::uid};
 use crate::identity::LocalIssuer;
 use crate::lifecycle::Clock;
 use crate::node::rules::{self, RulesConfig};
@@ -191,6 +191,10 @@ impl Running {
         let addresses = self.plan.pod(pod).ok_or_else(|| Error::State(format!("pod {key} has no address")))?;
         let mut running = RunningPod::create(&self.directory, &self.program, pod, (netns.clone(), addresses))?;
         running.write_hosts(&self.plan.hosts(&self.definition, pod))?;
+        running.write_files(&self.definition, &self.plan)?;
+        if pod.native_tunnel {
+            certificates::present(&self.directory.ca(), &running.identity()?, running.files()).await?;
+        }
         if pod.dedicated {
             let log = self.directory.pod_proxy_log(&key);
             let own = [
@@ -253,6 +257,9 @@ fn is_same_process(old: &Pod, new: &Pod) -> bool {
         ports: Vec::new(),
         wait_for: Vec::new(),
         trust_domain: String::new(),
+        application_tunnel: None,
+        waypoint: None,
+        network: String::new(),
         ..pod.clone()
     };
     looked_up(old) == looked_up(new)

@@ -15,6 +15,7 @@ use culvert::lifecycle::Clock;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Method, Request, Response, Uri};
 use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -73,13 +74,27 @@ impl Ca {
     /// Serves tunnels as this identity. Each request is told to the [`Peer`] and answered with what `answer` makes of it; on a 200 the
     /// stream echoes.
     pub fn serve(&self, listener: TcpListener, identity: &str, answer: impl Fn(&Asked) -> Response<()> + Send + Sync + 'static) -> Peer {
+        self.serve_with(listener, identity, Service { answer: Box::new(answer), connect: None })
+    }
+
+    /// The same for a gateway: the bytes of each stream go to a connection that `connect` makes, unread. When it fails, the answer is 503.
+    pub fn forward(
+        &self,
+        listener: TcpListener,
+        identity: &str,
+        connect: impl Fn(&Asked) -> std::io::Result<TcpStream> + Send + Sync + 'static,
+    ) -> Peer {
+        self.serve_with(listener, identity, Service { answer: Box::new(welcome), connect: Some(Box::new(connect)) })
+    }
+
+    fn serve_with(&self, listener: TcpListener, identity: &str, service: Service) -> Peer {
         listener.set_nonblocking(true).unwrap();
         let acceptor = TlsAcceptor::from(self.credential(identity).server_config());
         let (tell, asked) = mpsc::channel();
         let (goaway, wanted) = watch::channel(0);
         let connections = Arc::new(AtomicUsize::new(0));
         let counter = connections.clone();
-        let service = Arc::new(Service { tell: Mutex::new(tell), answer: Box::new(answer) });
+        let service = Arc::new((Mutex::new(tell), service));
         self.runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             while let Ok((socket, from)) = listener.accept().await {
@@ -90,7 +105,7 @@ impl Ca {
                     let Ok(stream) = acceptor.accept(socket).await else { return };
                     let identity = peer_identity(stream.get_ref().1.peer_certificates().unwrap_or_default()).unwrap().to_string();
                     let Ok(connection) = h2::server::handshake(stream).await else { return };
-                    service.serve(connection, (from, identity), wanted).await;
+                    service.1.serve(connection, &service.0, (from, identity), wanted).await;
                 });
             }
         });
@@ -238,16 +253,18 @@ impl Asked {
 }
 
 type Answerer = dyn Fn(&Asked) -> Response<()> + Send + Sync;
+type Connector = dyn Fn(&Asked) -> std::io::Result<TcpStream> + Send + Sync;
 
 struct Service {
-    tell: Mutex<mpsc::Sender<Asked>>,
     answer: Box<Answerer>,
+    connect: Option<Box<Connector>>,
 }
 
 impl Service {
     async fn serve<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(
         &self,
         mut connection: h2::server::Connection<T, Bytes>,
+        tell: &Mutex<mpsc::Sender<Asked>>,
         (from, identity): (SocketAddr, String),
         mut goaway: watch::Receiver<u32>,
     ) {
@@ -271,14 +288,21 @@ impl Service {
                 from,
                 identity: identity.clone(),
             };
-            let response = (self.answer)(&asked);
+            let mut response = (self.answer)(&asked);
+            let onward = self.connect.as_ref().map(|connect| connect(&asked));
+            if let Some(Err(_)) = &onward {
+                *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+            }
             let refused = response.status() != http::StatusCode::OK;
             // The test may have lost interest.
-            let _ = self.tell.lock().unwrap().send(asked);
+            let _ = tell.lock().unwrap().send(asked);
             if let Ok(send) = respond.send_response(response, refused)
                 && !refused
             {
-                tokio::spawn(echo(body, send));
+                match onward {
+                    Some(Ok(socket)) => tokio::spawn(pass_on(body, send, socket)),
+                    _ => tokio::spawn(echo(body, send)),
+                };
             }
         }
     }
@@ -296,6 +320,36 @@ async fn echo(mut receive: RecvStream, mut send: SendStream<Bytes>) {
     let _ = poll_fn(|context| send.poll_reset(context)).await;
 }
 
+async fn pass_on(mut receive: RecvStream, mut send: SendStream<Bytes>, socket: TcpStream) {
+    socket.set_nonblocking(true).unwrap();
+    let (mut read, mut write) = tokio::net::TcpStream::from_std(socket).unwrap().into_split();
+    let up = async {
+        while let Some(data) = receive.data().await {
+            let Ok(data) = data else {
+                // A reset, which must not look like an end.
+                socket2::SockRef::from(write.as_ref()).set_linger(Some(Duration::ZERO)).unwrap();
+                return;
+            };
+            let _ = receive.flow_control().release_capacity(data.len());
+            if write.write_all(&data).await.is_err() {
+                return;
+            }
+        }
+        let _ = write.shutdown().await;
+    };
+    let down = async {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            match read.read(&mut buffer).await {
+                Ok(0) => return drop(send.send_data(Bytes::new(), true)),
+                Ok(count) if send.send_data(Bytes::copy_from_slice(&buffer[..count]), false).is_ok() => {}
+                _ => return send.send_reset(Reason::CANCEL),
+            }
+        }
+    };
+    tokio::join!(up, down);
+}
+
 /// A server of tunnels.
 pub struct Peer {
     asked: mpsc::Receiver<Asked>,
@@ -307,6 +361,11 @@ impl Peer {
     /// The next request.
     pub fn asked(&self) -> Asked {
         self.asked.recv_timeout(PATIENCE).expect("a request")
+    }
+
+    /// The next request that has come already.
+    pub fn try_asked(&self) -> Option<Asked> {
+        self.asked.try_recv().ok()
     }
 
     /// Whether nobody asks anything for a moment.
