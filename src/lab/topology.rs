@@ -75,6 +75,9 @@ impl Topology {
             node.links.add_veth(&outer, POD_LINK, net.netns.as_fd())?;
             node.links.set_bridge(&outer, PODS_LINK)?;
             node.links.set_up(&outer)?;
+            // Locally administered, and by the address: a pod that gets that of one that is gone need not wait until its neighbours have noticed.
+            let [a, b, c, d] = addresses.v4.octets();
+            net.links.set_hardware_address(POD_LINK, [2, 0, a, b, c, d])?;
             net.links.set_up(POD_LINK)?;
             for address in addresses.in_subnet() {
                 net.links.add_address(POD_LINK, address)?;

@@ -82,6 +82,14 @@ impl Links {
         self.exchange(message).map(drop)
     }
 
+    /// Gives an Ethernet link another hardware address.
+    pub fn set_hardware_address(&self, name: &str, address: [u8; 6]) -> io::Result<()> {
+        let mut message = Message::new(libc::RTM_NEWLINK, 0);
+        message.link_header(self.index(name)?, 0, 0);
+        message.attribute(libc::IFLA_ADDRESS, &address);
+        self.exchange(message).map(drop)
+    }
+
     /// Makes a link a port of a bridge.
     pub fn set_bridge(&self, name: &str, bridge: &str) -> io::Result<()> {
         let mut message = Message::new(libc::RTM_NEWLINK, 0);

@@ -291,6 +291,7 @@ fn the_tunnel_to_a_waypoint_is_not_used_for_another_pod_that_got_its_address() {
     assert!(status.pod("way-2").unwrap().addresses.contains(&address));
     let netns = mesh.lab().netns(Place::Pod("way-2")).unwrap();
     let after = ca.serve(netns.run(|| TcpListener::bind(("::", 15008))).unwrap().unwrap(), WAY, welcome);
+    let began = std::time::Instant::now();
     let reached = until(|| {
         // One that was taken before the proxy knew goes on the old tunnel, to nowhere.
         let mut socket = mesh.connect("client", target).unwrap();
@@ -298,7 +299,9 @@ fn the_tunnel_to_a_waypoint_is_not_used_for_another_pod_that_got_its_address() {
         let _ = echo_on(&mut socket, b"x");
         (after.connections() > 0).then_some(())
     });
-    assert!(reached.is_some(), "it was never dialled anew");
+    assert!(reached.is_some(), "it was never dialled anew:\n{}", mesh.log("left").join("\n"));
+    // And not because nobody answered on the old tunnel any more, which takes 15 s to be found out.
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
     let mut stale = 0;
     while before.try_asked().is_some() {
         stale += 1;
