@@ -2,7 +2,7 @@
 //! This room never decides about a connection, never blocks a reader, and never lets a bad source replace a good world.
 //! Main types: [`World`], [`Mesh`] (the handle that everybody reads), [`Publisher`] (its one writer), [`local::LocalSource`].
 //!
-//! Sources: a static file or text ([`local`]). The worlds of every source look alike, and [`dump()`] shows them in the shape of the
+//! Sources: a static file or text ([`local`]), or a control plane ([`xds`]). The worlds of every source look alike, and [`dump()`] shows them in the shape of the
 //! reference's config dump (dataplane §10.2).
 
 mod dump;
@@ -10,10 +10,13 @@ mod follow;
 mod form;
 pub mod local;
 mod world;
+pub mod xds;
 
 use std::path::PathBuf;
 
 pub use dump::dump;
+#[cfg(test)]
+use form::Document;
 pub use world::{Edit, LocalName, Mesh, Publisher, World};
 
 /// Why there is no world to start with.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::dump::{dump, with_static_config};
-use crate::model::{Service, Snapshot, Text, Workload};
+use super::xds::{Demand, Unanswered};
+use crate::model::{GatewayDestination, Service, Snapshot, Text, Workload, canonical};
 use crate::policy::{Authorization, PolicySet};
 
 /// Everything known at one moment. Never changes.
@@ -46,9 +48,47 @@ pub struct Mesh {
     current: Arc<ArcSwap<World>>,
     updates: watch::Receiver<Arc<World>>,
     fixed: bool,
+    /// Where to ask for what is not there, if the source tells only what it is asked.
+    demand: Option<Demand>,
 }
 
 impl Mesh {
+    /// A mesh whose source is asked on demand.
+    pub(super) fn on_demand(self, demand: Option<Demand>) -> Self {
+        Self { demand, ..self }
+    }
+
+    /// Whether look-ups should ask first: [`Mesh::know_address`], [`Mesh::know_gateway`].
+    #[must_use]
+    pub fn is_on_demand(&self) -> bool {
+        self.demand.is_some()
+    }
+
+    /// Makes sure that whatever an address of a network names is in the current world. Returns at once unless the mesh is asked on demand
+    /// (`XDS_ON_DEMAND`) and the address is not known. An error means that nobody knows what it is: it must not be taken for unknown.
+    pub async fn know_address(&self, network: &str, ip: IpAddr) -> Result<(), Unanswered> {
+        let Some(demand) = &self.demand else { return Ok(()) };
+        if self.current().snapshot.locate(network, ip, None).is_some() {
+            return Ok(());
+        }
+        demand.ask(format!("{network}/{}", canonical(ip)).into()).await
+    }
+
+    /// The same for a waypoint or a network gateway.
+    pub async fn know_gateway(&self, gateway: &GatewayDestination) -> Result<(), Unanswered> {
+        let Some(demand) = &self.demand else { return Ok(()) };
+        match gateway {
+            GatewayDestination::Address(address) => self.know_address(&address.network, address.ip).await,
+            GatewayDestination::Hostname(key) => {
+                let world = self.current();
+                if world.snapshot.service(key).is_some() || world.snapshot.workload_by_hostname(key).is_some() {
+                    return Ok(());
+                }
+                demand.ask(key.to_string().into()).await
+            }
+        }
+    }
+
     /// The world as it is now. Takes no lock.
     #[must_use]
     pub fn current(&self) -> Arc<World> {
@@ -123,7 +163,7 @@ impl Publisher {
         let world = Arc::new(World { snapshot: snapshot.build(), ..World::default() });
         let current = Arc::new(ArcSwap::new(Arc::clone(&world)));
         let (updates, receiver) = watch::channel(world);
-        (Self { current: Arc::clone(&current), updates }, Mesh { current, updates: receiver, fixed: false })
+        (Self { current: Arc::clone(&current), updates }, Mesh { current, updates: receiver, fixed: false, demand: None })
     }
 
     /// [`Publisher::new`] for a static source.
@@ -189,5 +229,11 @@ impl Publisher {
     /// Resolves when the last [`Mesh`] and the last subscriber are gone.
     pub async fn abandoned(&self) {
         self.updates.closed().await;
+    }
+
+    /// [`Publisher::abandoned`], for whoever does not have the publisher at hand.
+    pub(super) fn abandonment(&self) -> impl Future<Output = ()> + Send + 'static {
+        let updates = self.updates.clone();
+        async move { updates.closed().await }
     }
 }

@@ -4,17 +4,20 @@ use std::error::Error as _;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use futures_util::Stream;
-use http::Uri;
+use futures_util::{Stream, StreamExt};
 use http::uri::PathAndQuery;
+use http::{HeaderValue, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use prost::Message;
 use tonic::body::Body;
 use tonic::client::Grpc;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::codec::{Codec, EncodeBody};
+use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use tower_service::Service;
+
+use super::answers::Answers;
 
 /// One HTTP/2 connection to a verified server. Clones share it.
 #[derive(Debug, Clone)]
@@ -48,6 +51,7 @@ impl Connection {
     }
 
     /// A stream of requests for a stream of answers of at most `limit` bytes each. The call ends when `requests` ends or the answers are dropped.
+    /// Servers may send nothing, not even headers, before they have read a request.
     ///
     /// # Errors
     /// As those of [`Connection::call`], until the server's headers have come.
@@ -56,14 +60,28 @@ impl Connection {
         path: &'static str,
         requests: Request<impl Stream<Item = Q> + Send + 'static>,
         limit: usize,
-    ) -> Result<Streaming<A>, Status>
+    ) -> Result<Answers<A>, Status>
     where
         Q: Message + 'static,
         A: Message + Default + 'static,
     {
-        let mut grpc = self.ready(limit).await?;
-        let answers = grpc.streaming(requests, PathAndQuery::from_static(path), ProstCodec::<Q, A>::default()).await?;
-        Ok(answers.into_inner())
+        let (metadata, _, requests) = requests.into_parts();
+        let encoder = ProstCodec::<Q, A>::default().encoder();
+        let body = Body::new(EncodeBody::new_client(encoder, requests.map(Ok), None, None));
+        let mut parts = self.origin.clone().into_parts();
+        parts.path_and_query = Some(PathAndQuery::from_static(path));
+        let uri = Uri::from_parts(parts).map_err(|error| Status::internal(error.to_string()))?;
+        let mut request = http::Request::new(body);
+        *request.method_mut() = http::Method::POST;
+        *request.uri_mut() = uri;
+        *request.version_mut() = http::Version::HTTP_2;
+        *request.headers_mut() = metadata.into_headers();
+        request.headers_mut().insert(http::header::TE, HeaderValue::from_static("trailers"));
+        request.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        let mut sender = self.sender.clone();
+        let closed = |error: hyper::Error| Status::unavailable(format!("the connection is closed: {error}"));
+        sender.ready().await.map_err(closed)?;
+        Answers::new(sender.send_request(request).await.map_err(closed)?, limit)
     }
 
     async fn ready(&self, limit: usize) -> Result<Grpc<Self>, Status> {

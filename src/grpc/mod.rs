@@ -6,6 +6,7 @@
 //! Shared by `identity` (CA) and `discovery` (xDS), which may not use each other; the map of design §2 has no other place for it. Source of the
 //! rules: reference, dataplane §5.3 and §7.4.
 
+mod answers;
 mod connection;
 mod dial;
 mod files;
@@ -14,6 +15,7 @@ mod trust;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use answers::Answers;
 pub use connection::{Connection, status_text};
 pub use dial::{Address, Dialer};
 pub use files::{RootSource, Token};

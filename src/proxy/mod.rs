@@ -5,6 +5,7 @@
 mod accept;
 mod announcement;
 mod connections;
+mod demand;
 mod failed_dials;
 mod guard;
 mod inbound;

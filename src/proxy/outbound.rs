@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 use super::connections::{Asked, LiveConnection, Protocol};
+use super::demand;
 use super::live::{Connection, Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::{self, Entry, Route};
@@ -109,6 +110,7 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
     // Before the wait for the workload: a loop must end at once.
     route::refuse_recursion(Entry::Outbound, target, &pod.node.config.route)?;
     let source = pod.local_workload().await?;
+    demand::prepare(&pod.node.mesh, &pod.node.config.route, &source, target).await?;
     let world = pod.node.mesh.current();
     let route = route::outbound(&world.snapshot, &pod.node.config.route, &source, target, &mut rand::rng())?;
     Ok((source, route))

@@ -15,6 +15,7 @@ use super::live::{Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::RouteError;
 use super::route::inbound::Target;
+use crate::discovery::xds::Unanswered;
 use crate::forward::Ended;
 use crate::hbone::{self, Role, TunnelStream};
 use crate::identity::IdentityError;
@@ -32,6 +33,9 @@ pub enum Error {
     /// No way to the destination.
     #[error(transparent)]
     Route(#[from] RouteError),
+    /// The mesh is asked on demand, and did not say what the destination is.
+    #[error("unknown destination: {0}")]
+    Unanswered(#[from] Unanswered),
     /// No certificate for the pod.
     #[error("identity error: {0}")]
     Identity(#[from] IdentityError),
@@ -89,7 +93,7 @@ impl Error {
             Self::LocalWorkloadUnknown(_) => RefusalReason::UnknownWorkload,
             Self::Route(RouteError::RecursiveCall(_)) => RefusalReason::Loop,
             Self::Route(RouteError::IpMismatch { .. }) => RefusalReason::BadDestination,
-            Self::Route(_) => RefusalReason::NoRoute,
+            Self::Route(_) | Self::Unanswered(_) => RefusalReason::NoRoute,
             Self::Identity(_) | Self::Name(_) => RefusalReason::Identity,
             Self::Tunnel(_) => RefusalReason::Handshake,
             Self::BadRequest(_) => RefusalReason::BadRequest,

@@ -18,11 +18,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::control_plane::CaSource;
+use super::mesh_source::MeshSource;
 use super::settings::{Mode, Settings};
 use super::workers::Workers;
-use crate::admin::{self, AdminSources, Readiness};
+use crate::admin::{self, AdminSources, Readiness, ReadyToken};
 use crate::discovery::local::{self, ReloadStats};
-use crate::discovery::{LocalName, Mesh};
+use crate::discovery::{LocalName, Mesh, xds};
 use crate::grpc::Dialer;
 use crate::hbone::{Endpoint, ReceiveBudget};
 use crate::identity::{Credentials, Issuer, LocalIssuer, RemoteIssuer};
@@ -84,10 +85,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let supervisor = Supervisor::new();
 
     let reloads = Arc::new(ReloadStats::default());
-    let node_name = Some(settings.node_name.as_str()).filter(|name| !name.is_empty()).map(Into::into);
-    let config = local::Config { node: node_name, stats: reloads.clone(), supervisor: supervisor.clone(), ..local::Config::default() };
-    let mesh = local::start(settings.source.clone(), config).await?;
-    state_ready.ready();
+    let mesh = mesh(&settings, (&telemetry, &supervisor), &reloads, state_ready).await?;
     let credentials = credentials(&settings, &supervisor)?;
     telemetry.registry(|registry| registry.register_collector(credentials.collector()));
     supervisor.supervise("certificate prefetch", prefetch_certificates(mesh.clone(), credentials.clone()));
@@ -145,6 +143,39 @@ async fn wait_and_drain(settings: &Settings, trigger: DrainTrigger, quit: &Notif
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The mesh, from where the settings say; `ready` when the first of it is there.
+async fn mesh(
+    settings: &Settings,
+    (telemetry, supervisor): (&Telemetry, &Supervisor),
+    reloads: &Arc<ReloadStats>,
+    ready: ReadyToken,
+) -> anyhow::Result<Mesh> {
+    let remote = match &settings.source {
+        MeshSource::Local(source) => {
+            let node = Some(settings.node_name.as_str()).filter(|name| !name.is_empty()).map(Into::into);
+            let config = local::Config { node, stats: reloads.clone(), supervisor: supervisor.clone(), ..local::Config::default() };
+            let mesh = local::start(source.clone(), config).await?;
+            ready.ready();
+            return Ok(mesh);
+        }
+        MeshSource::Remote(remote) => remote,
+    };
+    let server = &remote.server;
+    tracing::info!(server = %server.address, token = ?server.token, roots = %server.roots, on_demand = ?remote.on_demand, "the mesh comes from a control plane");
+    let dialer = Dialer::new(server.clone())?;
+    let config = xds::Config { on_demand: remote.on_demand, supervisor: supervisor.clone(), ..xds::Config::new(dialer, remote.identity.clone()) };
+    telemetry.registry(|registry| config.stats.register(registry));
+    let (mesh, mut synced) = xds::start(config);
+    tokio::spawn(async move {
+        if synced.wait_for(|synced| *synced).await.is_err() {
+            // A token that is dropped counts as ready, and there never was a first state.
+            return std::future::pending().await;
+        }
+        ready.ready();
+    });
+    Ok(mesh)
 }
 
 fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<Credentials> {

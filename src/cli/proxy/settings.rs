@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::super::duration;
-use super::control_plane::{CaArgs, CaSource};
+use super::control_plane::{CaArgs, CaSource, token};
+use super::mesh_source::{MeshArgs, MeshSource, Oneself};
 use crate::discovery::LocalName;
-use crate::discovery::local::LocalSource;
 use crate::sys::socket::{Keepalive, Transparency};
 
 /// Flags and environment of `culvert proxy`.
@@ -39,12 +39,8 @@ pub(crate) struct Args {
     /// Service account of the proxy's own pod.
     #[arg(long, env = "SERVICE_ACCOUNT")]
     service_account: Option<String>,
-    /// File with workloads, services and policies (YAML); reloaded when it changes.
-    #[arg(long, env = "LOCAL_XDS_PATH")]
-    local_xds_path: Option<PathBuf>,
-    /// The same, as text.
-    #[arg(long, env = "LOCAL_XDS", conflicts_with = "local_xds_path")]
-    local_xds: Option<String>,
+    #[command(flatten)]
+    mesh: MeshArgs,
     #[command(flatten)]
     ca: CaArgs,
     /// How long workload certificates are valid.
@@ -188,7 +184,7 @@ pub(super) struct Settings {
     pub(super) mode: Mode,
     pub(super) node_name: String,
     pub(super) own: Option<LocalName>,
-    pub(super) source: LocalSource,
+    pub(super) source: MeshSource,
     pub(super) ca: CaSource,
     pub(super) secret_ttl: Duration,
     pub(super) pods: crate::pods::Config,
@@ -226,13 +222,16 @@ impl Args {
     /// Checks what the types cannot, and says which variable is wrong.
     pub(super) fn check(&self) -> anyhow::Result<Settings> {
         let mode = self.proxy_mode()?;
-        let source = match (&self.local_xds_path, &self.local_xds) {
-            (Some(path), _) => LocalSource::Path(path.clone()),
-            (None, Some(text)) => LocalSource::Text(text.clone()),
-            (None, None) => bail!("no source of workloads, services and policies: set LOCAL_XDS_PATH to a file or LOCAL_XDS to its text"),
-        };
         let pqc = self.compliance_policy == "pqc";
         let ca = self.ca.source(&self.cluster_id(), pqc)?;
+        let oneself = Oneself {
+            node: &self.node_name,
+            cluster_id: &self.cluster_id(),
+            pod: self.pod_name.as_deref(),
+            namespace: self.pod_namespace.as_deref(),
+            token: token(self.ca.auth_token.as_deref()),
+        };
+        let source = self.mesh.source(&oneself, &std::env::vars().collect::<Vec<_>>())?;
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
@@ -343,9 +342,9 @@ impl Args {
 
     /// The `config` object of `config_dump`.
     fn dump(&self) -> serde_json::Value {
-        serde_json::json!({
+        let mut dump = serde_json::json!({
             "proxyMode": self.mode, "proxyWorkloadInformation": self.workload_info, "localNode": self.node_name, "network": self.network,
-            "clusterId": self.cluster_id(), "localXdsPath": self.local_xds_path, "localCaDir": self.ca.local_ca_dir,
+            "clusterId": self.cluster_id(), "localCaDir": self.ca.local_ca_dir,
             "caAddress": self.ca.ca_address, "caRootCa": self.ca.ca_root_ca, "altCaHostname": self.ca.alt_ca_hostname, "inpodUds": self.inpod_uds,
             "inpodPortReuse": self.inpod_port_reuse, "packetMark": self.packet_mark, "requireOriginalSource": self.enable_orig_src,
             "secretTtl": format!("{:?}", self.secret_ttl), "windowSize": self.http2_stream_window_size,
@@ -360,7 +359,12 @@ impl Args {
             "ipv6Enabled": self.ipv6_enabled, "enableEnhancedBaggage": self.enable_response_baggage, "tls12Enabled": self.tls12_enabled == "true",
             "compliancePolicy": self.compliance_policy, "logFormat": self.log_format, "adminPort": self.admin_port,
             "statsPort": self.stats_port, "readinessPort": self.readiness_port,
-        })
+        });
+        // In two parts, for the macro's sake.
+        if let (Some(all), serde_json::Value::Object(more)) = (dump.as_object_mut(), self.mesh.dump()) {
+            all.extend(more);
+        }
+        dump
     }
 }
 

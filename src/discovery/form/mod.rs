@@ -289,4 +289,4 @@ fn sorted_policies(policies: &PolicySet) -> Vec<PolicyForm> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

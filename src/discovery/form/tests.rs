@@ -191,18 +191,18 @@ fn authorization() -> impl Strategy<Value = Authorization> {
     )
 }
 
-fn mesh_of(edits: impl IntoIterator<Item = Edit>) -> Mesh {
+pub(in crate::discovery) fn mesh_of(edits: impl IntoIterator<Item = Edit>) -> Mesh {
     let (mut publisher, mesh) = Publisher::fixed(None);
     publisher.publish(edits);
     mesh
 }
 
-fn mesh(rows: &Rows) -> Mesh {
+pub(in crate::discovery) fn mesh(rows: &Rows) -> Mesh {
     let workloads = rows.workloads.iter().cloned().map(Edit::Workload);
     mesh_of(workloads.chain(rows.services.iter().cloned().map(Edit::Service)).chain(rows.policies.iter().cloned().map(Edit::Policy)))
 }
 
-fn rows() -> impl Strategy<Value = Rows> {
+pub(in crate::discovery) fn rows() -> impl Strategy<Value = Rows> {
     (vec(workload(), 0..5), vec(service(), 0..4), vec(authorization(), 0..3)).prop_map(|(workloads, services, policies)| Rows {
         workloads,
         services,
@@ -211,7 +211,7 @@ fn rows() -> impl Strategy<Value = Rows> {
 }
 
 /// Everything in a world, in an order of its own.
-fn contents(mesh: &Mesh) -> (Vec<Workload>, Vec<Service>, Vec<Authorization>) {
+pub(in crate::discovery) fn contents(mesh: &Mesh) -> (Vec<Workload>, Vec<Service>, Vec<Authorization>) {
     let world = mesh.current();
     let mut workloads: Vec<Workload> = world.snapshot.workloads().map(|workload| (**workload).clone()).collect();
     workloads.sort_by(|left, right| left.uid.cmp(&right.uid));

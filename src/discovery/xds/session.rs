@@ -1,0 +1,314 @@
+//! The life of the client: one stream after another (reference, dataplane §5.3–5.7).
+
+use std::time::Duration;
+
+use futures_util::stream;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Code, Request, Status};
+
+use super::apply::{Applied, Applier};
+use super::demand::{Demand, News};
+use super::{Config, Kind};
+use crate::grpc::{self, Answers, status_text};
+use crate::lifecycle::Backoff;
+use crate::telemetry::limited;
+use crate::wire::xds::{DELTA_METHOD, DeltaDiscoveryRequest, DeltaDiscoveryResponse, WILDCARD};
+
+/// Longest message (reference, dataplane §5.3).
+const MAX_MESSAGE: usize = 200 << 20;
+/// Requests that the connection has not taken yet.
+const REQUESTS: usize = 16;
+/// A stream on which nothing has come for this long since it was opened is given up. istiod answers every first request, if only with nothing.
+const FIRST_ANSWER: Duration = Duration::from_secs(120);
+/// A stream that lived so long was a good one: the next is opened at once.
+const GOOD_LIFE: Duration = Duration::from_secs(1);
+/// Pushes of more resources than this are applied on a thread of their own: this one has other work that must not wait.
+const LARGE_PUSH: usize = 256;
+/// Larger requests may be more than a gRPC server takes; the default limit of servers in Go is 4 MiB.
+const LARGE_REQUEST: usize = 4 << 20;
+
+/// Why a stream ended.
+#[derive(Debug)]
+enum End {
+    /// There was none.
+    Unopened(grpc::Error),
+    /// The server ended it well.
+    Complete,
+    /// The server ended it with a status, or the connection broke.
+    Status(Status),
+    /// Nobody reads the mesh any more.
+    Abandoned,
+}
+
+impl End {
+    /// The label of the metric (reference, dataplane §5.7).
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Unopened(grpc::Error::Unreachable { .. } | grpc::Error::Untrusted { .. }) => "ConnectionError",
+            Self::Unopened(_) => "Error",
+            Self::Complete | Self::Abandoned => "Complete",
+            Self::Status(status) if is_transport(status) => "Reconnect",
+            Self::Status(_) => "Error",
+        }
+    }
+}
+
+/// Whether a status says no more than that the connection is gone.
+fn is_transport(status: &Status) -> bool {
+    match status.code() {
+        Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => true,
+        Code::Unavailable => ["transport is closing", "received prior goaway"].iter().any(|words| status.message().contains(words)),
+        _ => false,
+    }
+}
+
+pub(super) struct Client {
+    config: Config,
+    /// Away only while a large push is applied.
+    applier: Option<Applier>,
+    demand: Option<Demand>,
+    synced: watch::Sender<bool>,
+    /// Answers to names that came before there was a world to look them up in.
+    early: (Vec<String>, Vec<String>),
+    /// The server refuses requests with all our versions: the next stream says nothing of what we have, and takes the first push for all there is.
+    forgetful: bool,
+}
+
+impl Client {
+    pub(super) fn new(config: Config, applier: Applier, demand: Option<Demand>, synced: watch::Sender<bool>) -> Self {
+        Self { config, applier: Some(applier), demand, synced, early: Default::default(), forgetful: false }
+    }
+
+    /// Opens streams until nobody reads the mesh any more.
+    pub(super) async fn run(mut self) {
+        let Some(abandoned) = self.applier.as_ref().map(|applier| applier.publisher().abandonment()) else { return };
+        let mut abandoned = std::pin::pin!(abandoned);
+        let backoff: Backoff = self.config.backoff.clone();
+        let mut waits = backoff.clone();
+        loop {
+            let begun = Instant::now();
+            let mut life = Life::default();
+            let end = tokio::select! {
+                () = &mut abandoned => End::Abandoned,
+                end = self.stream(&mut life) => end,
+            };
+            self.config.stats.streaming(false);
+            if let Some(demand) = &self.demand {
+                demand.end();
+            }
+            if matches!(end, End::Abandoned) || self.applier.is_none() {
+                return;
+            }
+            self.config.stats.terminated(end.reason());
+            self.forgetful = matches!(&end, End::Status(status) if refuses_large(status) && life.request > LARGE_REQUEST);
+            // A server that takes connections only to end them must not be called in a loop.
+            if life.answered && begun.elapsed() >= GOOD_LIFE && matches!(end.reason(), "Complete" | "Reconnect") {
+                waits = backoff.clone();
+            }
+            let wait = waits.next_delay();
+            self.report(&end, wait);
+            tokio::select! {
+                () = &mut abandoned => return,
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    fn report(&self, end: &End, wait: Duration) {
+        let server = self.config.dialer.address();
+        match end {
+            End::Unopened(error) => limited!(warn, "no xDS stream", %error, ?wait, "no xDS stream; what is known of the mesh stays as it is"),
+            End::Status(status) if end.reason() == "Error" => {
+                limited!(warn, "xDS stream refused", %server, error = status_text(status), ?wait, "the control plane refused the xDS stream");
+            }
+            End::Status(status) => {
+                limited!(info, "xDS stream ended", %server, reason = status_text(status), ?wait, "xDS stream ended, opening the next");
+            }
+            End::Complete | End::Abandoned => limited!(info, "xDS stream completed", %server, ?wait, "xDS stream completed, opening the next"),
+        }
+    }
+
+    /// One stream, from the dial to its end.
+    async fn stream(&mut self, life: &mut Life) -> End {
+        match self.open(life).await {
+            Err(end) => end,
+            Ok((answers, requests)) => {
+                tracing::info!(server = %self.config.dialer.address(), "xDS stream open");
+                self.config.stats.streaming(true);
+                match self.serve(answers, requests, life).await {
+                    Ok(()) => End::Complete,
+                    Err(status) => End::Status(status),
+                }
+            }
+        }
+    }
+
+    async fn open(&mut self, life: &mut Life) -> Result<(Answers<DeltaDiscoveryResponse>, mpsc::Sender<DeltaDiscoveryRequest>), End> {
+        let dialer = &self.config.dialer;
+        let roots = dialer.roots().await.map_err(End::Unopened)?;
+        let metadata = dialer.metadata().await.map_err(End::Unopened)?;
+        let connection = dialer.dial(&roots).await.map_err(End::Unopened)?;
+        let (sender, receiver) = mpsc::channel(REQUESTS);
+        for kind in Kind::ALL {
+            let request = self.first_request(kind);
+            life.request = life.request.max(prost::Message::encoded_len(&request));
+            // There is room for both.
+            let _ = sender.try_send(request);
+        }
+        let outgoing = stream::unfold(receiver, |mut receiver: mpsc::Receiver<_>| async { receiver.recv().await.map(|request| (request, receiver)) });
+        let mut request = Request::new(outgoing);
+        *request.metadata_mut() = metadata;
+        let opened = timeout(FIRST_ANSWER, connection.stream(DELTA_METHOD, request, MAX_MESSAGE)).await;
+        let answers = opened.unwrap_or_else(|_| Err(silent())).map_err(End::Status)?;
+        Ok((answers, sender))
+    }
+
+    /// The first request of a type on a stream (reference, dataplane §5.5).
+    fn first_request(&self, kind: Kind) -> DeltaDiscoveryRequest {
+        let mut request = DeltaDiscoveryRequest {
+            node: Some(self.config.identity.node()),
+            type_url: kind.type_url().to_owned(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        let asked = self.demand.as_ref().filter(|_| kind == Kind::Address).map(Demand::begin);
+        if !self.forgetful || asked.is_some() {
+            request.initial_resource_versions = self.applier.iter().flat_map(|applier| applier.held(kind)).collect();
+        }
+        if let Some(names) = asked {
+            // Subscribing to everything and giving it up again is how one subscribes to nothing.
+            request.resource_names_subscribe.push(WILDCARD.to_owned());
+            request.resource_names_unsubscribe.push(WILDCARD.to_owned());
+            for name in names {
+                request.initial_resource_versions.entry(name.to_string()).or_default();
+                request.resource_names_subscribe.push(name.to_string());
+            }
+        }
+        request
+    }
+
+    async fn serve(
+        &mut self,
+        mut answers: Answers<DeltaDiscoveryResponse>,
+        requests: mpsc::Sender<DeltaDiscoveryRequest>,
+        life: &mut Life,
+    ) -> Result<(), Status> {
+        let demand = self.demand.clone();
+        let whole = self.forgetful && demand.is_none();
+        let mut unheard = if whole { Kind::ALL.to_vec() } else { Vec::new() };
+        let opened = Instant::now();
+        loop {
+            let news = async {
+                match &demand {
+                    Some(demand) => demand.news().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let silence = async {
+                if life.answered {
+                    std::future::pending().await
+                } else {
+                    tokio::time::sleep_until(opened + FIRST_ANSWER).await;
+                }
+            };
+            let push = tokio::select! {
+                push = answers.message() => match push? {
+                    Some(push) => push,
+                    None => return Ok(()),
+                },
+                news = news => {
+                    for request in requests_for(news) {
+                        send(&requests, request).await?;
+                    }
+                    continue;
+                }
+                () = silence => return Err(silent()),
+            };
+            life.answered = true;
+            let kind = Kind::of(&push.type_url);
+            let answer =
+                DeltaDiscoveryRequest { type_url: push.type_url.clone(), response_nonce: push.nonce.clone(), ..DeltaDiscoveryRequest::default() };
+            let error_detail = match kind {
+                Some(kind) => {
+                    let whole = unheard.contains(&kind);
+                    unheard.retain(|waiting| *waiting != kind);
+                    let applied = self.apply(kind, push, whole).await.ok_or_else(|| Status::internal("applying a push failed"))?;
+                    self.note(kind, &applied);
+                    applied.error_detail()
+                }
+                None => {
+                    self.config.stats.push(None, 0, 0);
+                    limited!(warn, "unknown xDS types", type_url = super::rows::shown(&push.type_url), "a push of a type that was not asked for");
+                    None
+                }
+            };
+            send(&requests, DeltaDiscoveryRequest { error_detail, ..answer }).await?;
+        }
+    }
+
+    /// Applies a push; `None` if that panicked, in which case there is no world to go on with.
+    async fn apply(&mut self, kind: Kind, push: DeltaDiscoveryResponse, whole: bool) -> Option<Applied> {
+        let asked = kind == Kind::Address && self.demand.as_ref().is_some_and(|demand| !demand.is_empty());
+        let mut applier = self.applier.take()?;
+        let (applier, applied) = if push.resources.len() + push.removed_resources.len() > LARGE_PUSH || whole {
+            let work = move || {
+                let applied = applier.apply(kind, push, whole, asked);
+                (applier, applied)
+            };
+            tokio::task::spawn_blocking(work).await.ok()?
+        } else {
+            let applied = applier.apply(kind, push, whole, asked);
+            (applier, applied)
+        };
+        self.applier = Some(applier);
+        Some(applied)
+    }
+
+    /// Tells everybody what a push brought.
+    fn note(&mut self, kind: Kind, applied: &Applied) {
+        self.config.stats.push(Some(kind), applied.bytes, applied.refusals());
+        for (name, reason) in &applied.refused {
+            limited!(warn, "refused xDS resources", kind = ?kind, name, reason, "an xDS resource is refused");
+        }
+        self.early.0.extend_from_slice(&applied.found);
+        self.early.1.extend_from_slice(&applied.gone);
+        if self.applier.as_ref().is_some_and(Applier::is_synced) {
+            self.synced.send_if_modified(|synced| !std::mem::replace(synced, true));
+            if let Some(demand) = &self.demand {
+                demand.answered(&self.early.0, &self.early.1);
+            }
+            self.early = Default::default();
+        }
+    }
+}
+
+/// What happened on a stream.
+#[derive(Debug, Default)]
+struct Life {
+    /// Bytes of the largest first request.
+    request: usize,
+    answered: bool,
+}
+
+/// Whether a status may mean that a request was too large.
+fn refuses_large(status: &Status) -> bool {
+    matches!(status.code(), Code::ResourceExhausted | Code::OutOfRange)
+}
+
+fn silent() -> Status {
+    Status::deadline_exceeded(format!("no answer within {FIRST_ANSWER:?}"))
+}
+
+/// Waits until the connection takes a request; an error if it never will.
+async fn send(requests: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) -> Result<(), Status> {
+    requests.send(request).await.map_err(|_| Status::unknown("the server takes no more requests"))
+}
+
+/// First what is given up: a name that is given up and wanted again is then new to the server.
+fn requests_for(news: News) -> impl Iterator<Item = DeltaDiscoveryRequest> {
+    let names = |names: std::collections::HashSet<crate::model::Text>| names.into_iter().map(|name| name.to_string()).collect::<Vec<_>>();
+    let address = || DeltaDiscoveryRequest { type_url: Kind::Address.type_url().to_owned(), ..DeltaDiscoveryRequest::default() };
+    let given_up = DeltaDiscoveryRequest { resource_names_unsubscribe: names(news.unsubscribe), ..address() };
+    let wanted = DeltaDiscoveryRequest { resource_names_subscribe: names(news.subscribe), ..address() };
+    [given_up, wanted].into_iter().filter(|request| !(request.resource_names_subscribe.is_empty() && request.resource_names_unsubscribe.is_empty()))
+}

@@ -1,0 +1,48 @@
+//! What a connection must know before it is routed, where the mesh is asked on demand (reference, dataplane §3.8). A look-up that the control plane
+//! did not answer is an error: an address that nobody has said anything about is not an address outside the mesh.
+
+use std::net::SocketAddr;
+
+use super::route::RouteConfig;
+use crate::discovery::Mesh;
+use crate::discovery::xds::Unanswered;
+use crate::model::{Located, Snapshot, Workload};
+
+/// Makes sure that the world has what the destination names and the gateways on the way. Returns at once if the mesh is told as a whole.
+pub(super) async fn prepare(mesh: &Mesh, config: &RouteConfig, source: &Workload, destination: SocketAddr) -> Result<(), Unanswered> {
+    if !mesh.is_on_demand() {
+        return Ok(());
+    }
+    let networks = [&config.network, &source.profile.network];
+    for network in networks {
+        mesh.know_address(network, destination.ip()).await?;
+    }
+    let world = mesh.current();
+    for network in networks {
+        let located = world.snapshot.locate(network, destination.ip(), Some(&source.profile.namespace));
+        for gateway in located.iter().flat_map(|located| gateways(&world.snapshot, located, source)) {
+            mesh.know_gateway(&gateway.destination).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The waypoints of a destination, and the network gateways of what is behind it on other networks.
+fn gateways(snapshot: &Snapshot, located: &Located, source: &Workload) -> Vec<crate::model::GatewayAddress> {
+    match located {
+        Located::Workload(workload) => workload.profile.waypoint.iter().chain(beyond(workload, source)).cloned().collect(),
+        Located::Service(service) => {
+            let weighted = service.weighted_waypoints.iter().map(|weighted| &weighted.destination);
+            let mut gateways: Vec<_> = weighted.chain(&service.waypoint).cloned().collect();
+            for (workload, _) in snapshot.endpoints_of(service) {
+                let further: Vec<_> = beyond(workload, source).filter(|gateway| !gateways.contains(gateway)).cloned().collect();
+                gateways.extend(further);
+            }
+            gateways
+        }
+    }
+}
+
+fn beyond<'a>(workload: &'a Workload, source: &Workload) -> impl Iterator<Item = &'a crate::model::GatewayAddress> {
+    workload.profile.network_gateway.iter().filter(|_| workload.profile.network != source.profile.network)
+}
