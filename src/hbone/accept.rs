@@ -13,15 +13,17 @@ use super::lifetime::Lifetime;
 use super::moving::{MovedStream, Mover};
 use super::stream::TunnelStream;
 use super::{BadRequest, ConnectRequest, ConnectResponse, Endpoint, Error, Frozen, Refusal, hpack};
-use crate::identity::{Credential, peer_identity};
+use crate::identity::{Credential, Revoked, peer_identity};
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::SpiffeId;
+use crate::telemetry::Reporter;
 
 /// A tunnel that a verified peer opened to us.
 pub struct ServerTunnel {
     peer: SpiffeId,
     address: SocketAddr,
     lifetime: Lifetime,
+    revoked: Revoked,
     tunnel: Box<Tunnel>,
     /// Requests that came together with the peer's first SETTINGS.
     first: Vec<Asked>,
@@ -37,9 +39,10 @@ pub async fn accept(socket: TcpStream, address: SocketAddr, credential: &Credent
         let established = engine::welcome(socket, credential).await?;
         let peer = peer_identity(&established.chain)?;
         let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
+        let revoked = credential.watch_peer(&established.chain, Reporter::Destination);
         let mut tunnel = Tunnel::new(established, Side::Server, endpoint.clone())?;
         let first = first_settings(&mut tunnel).await?;
-        Ok(ServerTunnel { peer, address, lifetime, tunnel, first })
+        Ok(ServerTunnel { peer, address, lifetime, revoked, tunnel, first })
     };
     let deadline = endpoint.config.handshake_deadline;
     match tokio::time::timeout(deadline, Box::pin(handshake)).await {
@@ -94,7 +97,7 @@ impl ServerTunnel {
         let streams =
             streams.into_iter().map(|(id, role, socket)| MovedStream::new(TunnelStream::new(id, tunnel.inbox().clone(), None), role, socket));
         let streams = streams.collect();
-        Ok((Self { peer, address, lifetime, tunnel, first: Vec::new() }, streams))
+        Ok((Self { peer, address, lifetime, revoked: None, tunnel, first: Vec::new() }, streams))
     }
 
     /// Serves until the peer leaves, stops answering PINGs, misbehaves, or a drain or the end of a certificate ends it. A graceful drain sends
@@ -103,7 +106,7 @@ impl ServerTunnel {
     /// # Errors
     /// Why the tunnel ended, unless the peer or a drain ended it in good order.
     pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming)) -> Result<(), Error> {
-        let Self { mut tunnel, lifetime, first, .. } = self;
+        let Self { mut tunnel, lifetime, revoked, first, .. } = self;
         let inbox = tunnel.inbox().clone();
         for asked in first {
             on_request(Incoming::new(asked));
@@ -120,6 +123,7 @@ impl ServerTunnel {
             let _ = inbox.send(Command::Drain);
             sleep_until(lifetime.end).await;
         };
+        let revoked = cut_when_revoked(revoked, inbox.clone());
         let over = poll_fn(|context| {
             loop {
                 match tunnel.poll_next(context) {
@@ -133,9 +137,20 @@ impl ServerTunnel {
             biased;
             () = told => Ok(()),
             () = expired => Err(Error::Tunnel("a certificate of the tunnel expired a minute ago".to_owned())),
+            () = revoked => Ok(()),
             outcome = over => outcome,
         }
     }
+}
+
+/// Has the tunnel closed when a certificate of its peer is revoked; the tunnel's own end is then its outcome. Never resolves.
+pub(super) async fn cut_when_revoked(revoked: Revoked, inbox: Arc<engine::Inbox<Command>>) {
+    if let Some(revoked) = revoked {
+        revoked.await;
+        // One that has ended needs no cut.
+        let _ = inbox.send(Command::Revoke);
+    }
+    std::future::pending().await
 }
 
 /// One CONNECT that waits for its answer. Dropped without one, its stream is reset.

@@ -11,13 +11,15 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
+use super::accept::cut_when_revoked;
 use super::engine::{self, Answered, Command, Inbox, Next, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
 use super::moving::{MovedStream, Mover};
 use super::stream::{Relaying, TunnelStream};
 use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen};
-use crate::identity::{Credential, expect_peer};
+use crate::identity::{Credential, Revoked, expect_peer};
 use crate::model::SpiffeId;
+use crate::telemetry::Reporter;
 
 /// How long the stream below a tunnel may take to end after the tunnel.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -81,14 +83,15 @@ pub(super) async fn handshake(way: Way, credential: &Credential, expected: &[Spi
     };
     let peer = expect_peer(&established.chain, expected)?;
     let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
+    let revoked = credential.watch_peer(&established.chain, Reporter::Source);
     let tunnel = Tunnel::new(established, Side::Client, endpoint.clone())?;
-    Ok(ClientTunnel::start(tunnel, peer, lifetime, (address, outer), endpoint))
+    Ok(ClientTunnel::start(tunnel, peer, (lifetime, revoked), (address, outer), endpoint))
 }
 
 /// Takes a frozen tunnel up, with its streams; they have their places among the tunnel's again.
 pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
     let Thawed { peer, address, lifetime, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
-    let tunnel = ClientTunnel::start(tunnel, peer, lifetime, (address, None), endpoint);
+    let tunnel = ClientTunnel::start(tunnel, peer, (lifetime, None), (address, None), endpoint);
     tunnel.state.closed.store(leaving, Ordering::Release);
     let (state, inbox) = (&tunnel.state, &tunnel.inbox);
     let streams = streams.into_iter().map(|(id, role, socket)| {
@@ -101,7 +104,8 @@ pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(Clien
 }
 
 /// Owns the tunnel until it ends.
-async fn drive(mut tunnel: Box<Tunnel>, lifetime: Lifetime, state: Arc<State>, address: SocketAddr) {
+async fn drive(mut tunnel: Box<Tunnel>, (lifetime, revoked): (Lifetime, Revoked), state: Arc<State>, address: SocketAddr) {
+    let revoked = cut_when_revoked(revoked, tunnel.inbox().clone());
     let expired = async {
         sleep_until(lifetime.farewell).await;
         // New streams take a new tunnel, made with new certificates.
@@ -116,6 +120,7 @@ async fn drive(mut tunnel: Box<Tunnel>, lifetime: Lifetime, state: Arc<State>, a
     tokio::select! {
         biased;
         () = expired => tracing::warn!(peer = %address, "tunnel cut: a certificate of it expired a minute ago"),
+        () = revoked => {}
         outcome = over => if let Err(error) = outcome {
             tracing::warn!(peer = %address, %error, "tunnel lost");
         },
@@ -132,10 +137,16 @@ impl Drop for ClientTunnel {
 
 impl ClientTunnel {
     /// Begins to drive a tunnel.
-    fn start(tunnel: Box<Tunnel>, peer: SpiffeId, lifetime: Lifetime, (address, outer): (SocketAddr, Option<Relaying>), endpoint: &Endpoint) -> Self {
+    fn start(
+        tunnel: Box<Tunnel>,
+        peer: SpiffeId,
+        (lifetime, revoked): (Lifetime, Revoked),
+        (address, outer): (SocketAddr, Option<Relaying>),
+        endpoint: &Endpoint,
+    ) -> Self {
         let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
         let inbox = tunnel.inbox().clone();
-        let driven = drive(tunnel, lifetime, state.clone(), address);
+        let driven = drive(tunnel, (lifetime, revoked), state.clone(), address);
         tokio::spawn(async move {
             driven.await;
             if let Some(outer) = outer {

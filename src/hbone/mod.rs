@@ -129,6 +129,9 @@ pub enum Error {
     /// TLS failed.
     #[error("TLS handshake failed: {0}")]
     Tls(String),
+    /// A certificate of the peer is on a revocation list.
+    #[error("a certificate of the peer is revoked")]
+    Revoked,
     /// The peer is not one of the expected identities.
     #[error("{0}")]
     Peer(#[from] crate::identity::PeerError),

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::pki_types::CertificateDer;
-use rustls::server::danger::ClientCertVerifier;
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, Error, InconsistentKeys, RootCertStore, ServerConfig};
 
@@ -13,9 +12,11 @@ use super::certificate::{Validity, from_pem};
 use super::error::{AnswerProblem, IdentityError, PeerError};
 use super::explain::explain;
 use super::issuer::{Issued, PendingKey};
+use super::revocation::{Revoked, Trust};
 use super::tls::Shape;
 use super::verify::{ClientVerifier, MAX_PRESENTED, ServerVerifier, peer_identity};
 use crate::model::SpiffeId;
+use crate::telemetry::Reporter;
 
 /// A verified certificate with its key and its rustls configurations, each built once. Renewal makes a new one; connections keep theirs.
 pub struct Credential {
@@ -33,6 +34,8 @@ pub struct Credential {
     pub generation: u64,
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    store: Arc<RootCertStore>,
+    shape: Arc<Shape>,
 }
 
 impl Credential {
@@ -49,6 +52,17 @@ impl Credential {
         self.client.clone()
     }
 
+    /// Watches over the peer of a tunnel that was made with this now; call it as soon as the handshake is done. At the source, the peer is the
+    /// server.
+    #[must_use]
+    pub fn watch_peer(&self, chain: &[CertificateDer<'static>], reporter: Reporter) -> Revoked {
+        let revocations = self.shape.revocations.as_ref()?;
+        let trust = Trust { roots: self.store.clone(), algorithms: self.shape.provider.signature_verification_algorithms, reporter };
+        // A clock before 1970 verified nothing.
+        let since = self.shape.now()?;
+        revocations.watch(chain.to_vec(), trust, since)
+    }
+
     /// Whether the chain is valid at this time.
     #[must_use]
     pub fn is_valid(&self, now: SystemTime) -> bool {
@@ -60,12 +74,12 @@ impl Credential {
     }
 
     /// Verifies an issuer's answer exactly as a peer with the same roots will, and makes a credential of it.
-    pub(super) fn verify(shape: &Shape, pending: PendingKey, issued: &Issued, generation: u64) -> Result<Self, IdentityError> {
+    pub(super) fn verify(shape: &Arc<Shape>, pending: PendingKey, issued: &Issued, generation: u64) -> Result<Self, IdentityError> {
         let identity = pending.request.identity.clone();
         Self::verified(shape, pending, issued, generation).map_err(|problem| IdentityError::Answer { identity, problem })
     }
 
-    fn verified(shape: &Shape, pending: PendingKey, issued: &Issued, generation: u64) -> Result<Self, AnswerProblem> {
+    fn verified(shape: &Arc<Shape>, pending: PendingKey, issued: &Issued, generation: u64) -> Result<Self, AnswerProblem> {
         let identity = pending.request.identity;
         let (chain, roots) = parse(issued)?;
         let leaf_identity = peer_identity(&chain).map_err(AnswerProblem::Leaf)?;
@@ -88,11 +102,12 @@ impl Credential {
         }
         let store = Arc::new(store);
         let now = shape.now().ok_or_else(|| untrusted(Error::FailedToGetCurrentTime))?;
-        let servers = Arc::new(ServerVerifier::new(store.clone(), &shape.provider));
-        let clients = ClientVerifier::new(store, shape.provider.clone(), identity.trust_domain().clone()).map_err(untrusted)?;
+        let servers = Arc::new(ServerVerifier::new(store.clone(), shape));
+        let clients = ClientVerifier::new(store.clone(), shape, identity.trust_domain().clone()).map_err(untrusted)?;
         let (leaf, intermediates) = chain.split_first().ok_or(AnswerProblem::Empty)?;
+        // Not against the revocation lists: those are about peers, and a CA that goes on with a revoked intermediate is for its operator to mend.
         servers.check(leaf, intermediates, now).map_err(untrusted)?;
-        clients.verify_client_cert(leaf, intermediates, now).map_err(untrusted)?;
+        clients.check(leaf, intermediates, now).map_err(untrusted)?;
 
         let validity = common_validity(&chain)?;
         let server = shape.server(Arc::new(clients), certified.clone()).map_err(untrusted)?;
@@ -106,6 +121,8 @@ impl Credential {
             generation,
             server: Arc::new(server),
             client: Arc::new(client),
+            store,
+            shape: shape.clone(),
         })
     }
 }

@@ -37,7 +37,7 @@ struct Handle(Arc<Store>);
 struct Store {
     config: Config,
     clock: Clock,
-    shape: Shape,
+    shape: Arc<Shape>,
     issuer: Arc<dyn Issuer>,
     table: Mutex<Table>,
     wake: Notify,
@@ -53,7 +53,7 @@ impl Credentials {
     /// Makes a store and the loop that serves it. The loop must be run (and supervised) by the caller; without it [`fetch`](Self::fetch) waits.
     /// It ends when the last handle is dropped; when it is dropped first, waiters get [`IdentityError::Stopped`].
     pub fn new(config: Config, issuer: Arc<dyn Issuer>, clock: Clock) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let shape = Shape::new(&config, clock.clone());
+        let shape = Arc::new(Shape::new(&config, clock.clone()));
         let store = Arc::new(Store {
             config,
             clock,
@@ -158,7 +158,8 @@ impl Collector for CertificateMetrics {
         let Some(store) = self.0.upgrade() else { return Ok(()) };
         let now = store.clock.now();
         let census = store.table().census(now);
-        metrics::encode(&mut encoder, &store.requests, census, now)
+        metrics::encode(&mut encoder, &store.requests, (census, now))?;
+        store.shape.revocations.as_ref().map_or(Ok(()), |revocations| revocations.encode(&mut encoder))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -88,7 +89,7 @@ impl LocalIssuer {
 
     /// Signs a throw-away certificate and verifies it as a peer will: whatever is wrong shows now and not at the first connection.
     fn prove(&self, dir: &Path) -> Result<(), IdentityError> {
-        let shape = Shape::new(&super::Config::default(), self.clock.clone());
+        let shape = Arc::new(Shape::new(&super::Config::default(), self.clock.clone()));
         let identity = SpiffeId::new("culvert.internal", "self-test", "self-test")?;
         let pending = PendingKey::generate(&identity, Duration::from_secs(60), shape.provider.key_provider)?;
         let issued = self.sign(&pending.request)?;

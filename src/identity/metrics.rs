@@ -43,7 +43,7 @@ pub(super) struct Census {
 }
 
 /// Writes the families of this room.
-pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, requests: &Requests, census: Census, now: SystemTime) -> fmt::Result {
+pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, requests: &Requests, (census, now): (Census, SystemTime)) -> fmt::Result {
     let help = "Requests for workload certificates, by how they ended";
     requests.0.encode(encoder.encode_descriptor("culvert_certificate_requests", help, None, MetricType::Counter)?)?;
     let states = Family::<StateLabel, Gauge>::default();

@@ -17,6 +17,7 @@ mod local_files;
 mod metrics;
 mod remote;
 mod renewal;
+mod revocation;
 mod secrets;
 mod tls;
 mod verify;
@@ -31,6 +32,7 @@ pub use explain::{HandshakeFailure, explain, explain_io};
 pub use issuer::{Issued, Issuer, IssuerFuture, SigningRequest};
 pub use local::LocalIssuer;
 pub use remote::RemoteIssuer;
+pub use revocation::{Revocations, Revoked};
 pub use secrets::{TrafficSecrets, capture_secrets};
 pub use verify::{expect_peer, peer_identity};
 
@@ -49,6 +51,8 @@ pub struct Config {
     pub retry_limit: Duration,
     /// Prefetches that may wait; more are dropped and fetched when first needed. Default 256 (ref §7.3).
     pub prefetch_queue: usize,
+    /// Revocation lists that peers' certificates must not be on (`CRL_PATH`). Default none.
+    pub revocations: Option<Revocations>,
     /// Offer and accept only X25519MLKEM768 (`COMPLIANCE_POLICY=pqc`). Default off: peers without it could not connect.
     pub post_quantum_only: bool,
     /// Offer AES-128-GCM before AES-256-GCM. Default off (ref §2.1). Saves about a fifth of the CPU of bulk encryption; a server follows its client.
@@ -64,6 +68,7 @@ impl Default for Config {
             retry_initial: Duration::from_secs(1),
             retry_limit: Duration::from_secs(150),
             prefetch_queue: 256,
+            revocations: None,
             post_quantum_only: false,
             prefer_aes128: false,
         }

@@ -13,6 +13,7 @@ use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, Error, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
 use super::Config;
+use super::revocation::Revocations;
 use super::secrets::Capture;
 use super::verify::{ClientVerifier, ServerVerifier};
 use crate::lifecycle::Clock;
@@ -27,6 +28,7 @@ static TLS13_ONLY: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
 /// What all configurations of a store share.
 pub(super) struct Shape {
     pub(super) provider: Arc<CryptoProvider>,
+    pub(super) revocations: Option<Revocations>,
     time: Arc<WallClock>,
 }
 
@@ -43,7 +45,7 @@ impl Shape {
             vec![group::X25519, group::SECP256R1, group::SECP384R1, group::X25519MLKEM768]
         };
         let provider = CryptoProvider { cipher_suites, kx_groups, ..aws_lc_rs::default_provider() };
-        Self { provider: Arc::new(provider), time: Arc::new(WallClock(clock)) }
+        Self { provider: Arc::new(provider), revocations: config.revocations.clone(), time: Arc::new(WallClock(clock)) }
     }
 
     /// The time that certificates are judged by.

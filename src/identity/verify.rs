@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
@@ -15,7 +15,10 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::error::PeerError;
+use super::revocation::{Revocations, Trust};
+use super::tls::Shape;
 use crate::model::{SpiffeId, Text};
+use crate::telemetry::Reporter;
 
 /// Certificates that a peer may present: its leaf and four intermediates. Longer chains cost CPU before anything is proven.
 pub(super) const MAX_PRESENTED: usize = 5;
@@ -81,21 +84,55 @@ fn check_length(intermediates: &[CertificateDer<'_>]) -> Result<(), Error> {
     if presented > MAX_PRESENTED { Err(refuse(PeerError::TooLong { presented, limit: MAX_PRESENTED })) } else { Ok(()) }
 }
 
+/// The revocation lists of a verifier, if there are any.
+#[derive(Debug)]
+struct Listed {
+    lists: Option<Revocations>,
+    trust: Trust,
+}
+
+impl Listed {
+    fn new(roots: &Arc<RootCertStore>, shape: &Shape, reporter: Reporter) -> Self {
+        let algorithms = shape.provider.signature_verification_algorithms;
+        Self { lists: shape.revocations.clone(), trust: Trust { roots: roots.clone(), algorithms, reporter } }
+    }
+
+    fn refuse_revoked(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), Error> {
+        match &self.lists {
+            Some(lists) if lists.revoke((leaf, intermediates), &self.trust, now) => Err(CertificateError::Revoked.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Verifies clients: a certificate is required, must lead to our roots, be meant for clients, and name a workload of our own trust domain.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     chain: Arc<dyn ClientCertVerifier>,
     trust_domain: Text,
+    listed: Listed,
 }
 
 impl ClientVerifier {
-    pub(super) fn new(roots: Arc<RootCertStore>, provider: Arc<CryptoProvider>, trust_domain: Text) -> Result<Self, Error> {
-        let chain = WebPkiClientVerifier::builder_with_provider(roots, provider)
+    pub(super) fn new(roots: Arc<RootCertStore>, shape: &Shape, trust_domain: Text) -> Result<Self, Error> {
+        let listed = Listed::new(&roots, shape, Reporter::Destination);
+        let chain = WebPkiClientVerifier::builder_with_provider(roots, shape.provider.clone())
             // A peer has one certificate; naming our roots would only make the handshake longer and tell strangers who we trust.
             .clear_root_hint_subjects()
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
-        Ok(Self { chain, trust_domain })
+        Ok(Self { chain, trust_domain, listed })
+    }
+
+    /// What [`ClientCertVerifier::verify_client_cert`] does but for the revocation lists, for a certificate that was not presented in a handshake.
+    pub(super) fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<ClientCertVerified, Error> {
+        check_length(intermediates)?;
+        let verified = self.chain.verify_client_cert(leaf, intermediates, now)?;
+        let peer = peer_identity(std::slice::from_ref(leaf)).map_err(refuse)?;
+        if *peer.trust_domain() != self.trust_domain {
+            return Err(refuse(PeerError::TrustDomain { own: self.trust_domain.clone(), peer }));
+        }
+        Ok(verified)
     }
 }
 
@@ -110,12 +147,8 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        check_length(intermediates)?;
-        let verified = self.chain.verify_client_cert(leaf, intermediates, now)?;
-        let peer = peer_identity(std::slice::from_ref(leaf)).map_err(refuse)?;
-        if *peer.trust_domain() != self.trust_domain {
-            return Err(refuse(PeerError::TrustDomain { own: self.trust_domain.clone(), peer }));
-        }
+        let verified = self.check(leaf, intermediates, now)?;
+        self.listed.refuse_revoked(leaf, intermediates, now)?;
         Ok(verified)
     }
 
@@ -148,14 +181,16 @@ impl ClientCertVerifier for ClientVerifier {
 pub(super) struct ServerVerifier {
     roots: Arc<RootCertStore>,
     algorithms: WebPkiSupportedAlgorithms,
+    listed: Listed,
 }
 
 impl ServerVerifier {
-    pub(super) fn new(roots: Arc<RootCertStore>, provider: &CryptoProvider) -> Self {
-        Self { roots, algorithms: provider.signature_verification_algorithms }
+    pub(super) fn new(roots: Arc<RootCertStore>, shape: &Shape) -> Self {
+        let listed = Listed::new(&roots, shape, Reporter::Source);
+        Self { roots, algorithms: shape.provider.signature_verification_algorithms, listed }
     }
 
-    /// What [`ServerCertVerifier::verify_server_cert`] does, for a certificate that was not presented in a handshake.
+    /// What [`ServerCertVerifier::verify_server_cert`] does but for the revocation lists, for a certificate that was not presented in a handshake.
     pub(super) fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<SpiffeId, Error> {
         check_length(intermediates)?;
         let parsed = ParsedCertificate::try_from(leaf)?;
@@ -173,7 +208,9 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.check(leaf, intermediates, now).map(|_| ServerCertVerified::assertion())
+        self.check(leaf, intermediates, now)?;
+        self.listed.refuse_revoked(leaf, intermediates, now)?;
+        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

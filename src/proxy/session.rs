@@ -117,6 +117,7 @@ impl Error {
 fn tunnel_flag(error: &hbone::Error) -> ResponseFlag {
     match error {
         hbone::Error::Tls(_) | hbone::Error::Peer(_) => ResponseFlag::TlsFailure,
+        hbone::Error::Revoked => ResponseFlag::Revoked,
         hbone::Error::Handshake(_) | hbone::Error::Tunnel(_) | hbone::Error::HandshakeDeadline(_) | hbone::Error::PingTimeout(_) => {
             ResponseFlag::H2Failure
         }
@@ -275,6 +276,7 @@ impl Connected {
 pub(super) fn closed(ended: Ended) -> Result<(), Error> {
     match ended {
         Ended::Finished | Ended::Moved | Ended::Disconnected(_) => Ok(()),
-        Ended::Failed(error) => Err(Error::Relay(error)),
+        // A tunnel says so why it cut its streams.
+        Ended::Failed(error) => Err(error.downcast::<hbone::Error>().map_or_else(Error::Relay, |error| Error::Tunnel(Arc::new(error)))),
     }
 }

@@ -5,6 +5,9 @@
 mod bulk;
 #[path = "../support/caller.rs"]
 mod caller;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
+#[path = "../support/crl.rs"]
+mod crl;
 #[path = "../support/mesh.rs"]
 mod mesh;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
@@ -18,5 +21,6 @@ mod gateway;
 mod lifecycle;
 mod policy;
 mod programs;
+mod revocation;
 mod traffic;
 mod waypoint;

@@ -45,8 +45,8 @@ pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
 /// Whoever has a certificate of one CA.
 pub struct Realm {
     pub credentials: Credentials,
-    _renewal: JoinHandle<()>,
-    _directory: tempfile::TempDir,
+    _renewal: Option<JoinHandle<()>>,
+    _directory: Option<tempfile::TempDir>,
 }
 
 pub fn id(account: &str) -> SpiffeId {
@@ -60,7 +60,12 @@ impl Realm {
         LocalIssuer::create(directory.path(), &clock).unwrap();
         let issuer = LocalIssuer::load(directory.path(), clock.clone()).unwrap();
         let (credentials, renewal) = Credentials::new(culvert::identity::Config::default(), Arc::new(issuer), clock);
-        Self { credentials, _renewal: tokio::spawn(renewal), _directory: directory }
+        Self { credentials, _renewal: Some(tokio::spawn(renewal)), _directory: Some(directory) }
+    }
+
+    /// The certificates of a store that somebody else runs.
+    pub fn of(credentials: Credentials) -> Self {
+        Self { credentials, _renewal: None, _directory: None }
     }
 
     /// The certificate of a service account.

@@ -26,7 +26,7 @@ use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh, xds};
 use crate::grpc::Dialer;
 use crate::hbone::{Endpoint, ReceiveBudget};
-use crate::identity::{Credentials, Issuer, LocalIssuer, RemoteIssuer};
+use crate::identity::{self, Credentials, Issuer, LocalIssuer, RemoteIssuer, Revocations};
 use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
@@ -186,7 +186,12 @@ fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<C
             Arc::new(RemoteIssuer::new(Dialer::new((**config).clone())?, settings.mode == Mode::Shared))
         }
     };
-    let config = crate::identity::Config { ttl: settings.secret_ttl, post_quantum_only: settings.pqc, ..crate::identity::Config::default() };
+    let revocations = settings.crl_path.clone().map(|path| {
+        let (revocations, reading) = Revocations::open(path);
+        supervisor.supervise("revocation lists", reading);
+        revocations
+    });
+    let config = identity::Config { ttl: settings.secret_ttl, revocations, post_quantum_only: settings.pqc, ..identity::Config::default() };
     let (credentials, renewal) = Credentials::new(config, issuer, Clock::system());
     supervisor.supervise("certificate renewal", renewal);
     Ok(credentials)

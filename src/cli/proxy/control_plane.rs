@@ -38,6 +38,9 @@ pub(super) struct CaArgs {
     /// ./var/run/secrets/tokens/istio-token if it exists.
     #[arg(long, env = "AUTH_TOKEN", hide_env_values = true)]
     pub(super) auth_token: Option<String>,
+    /// Revocation lists (PEM, or one in DER); certificates on them are refused and live tunnels with them cut. Read again when it changes.
+    #[arg(long, env = "CRL_PATH")]
+    pub(super) crl_path: Option<PathBuf>,
 }
 
 impl CaArgs {
@@ -61,6 +64,16 @@ impl CaArgs {
         // Says now what could never work.
         grpc::Dialer::new(config.clone()).context("the settings of the CA client")?;
         Ok(CaSource::Remote(Box::new(config)))
+    }
+}
+
+impl CaArgs {
+    /// What `config_dump` shows of it; never the token.
+    pub(super) fn dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "localCaDir": self.local_ca_dir, "caAddress": self.ca_address, "caRootCa": self.ca_root_ca, "altCaHostname": self.alt_ca_hostname,
+            "crlPath": self.crl_path,
+        })
     }
 }
 

@@ -186,6 +186,7 @@ pub(super) struct Settings {
     pub(super) own: Option<LocalName>,
     pub(super) source: MeshSource,
     pub(super) ca: CaSource,
+    pub(super) crl_path: Option<PathBuf>,
     pub(super) secret_ttl: Duration,
     pub(super) pods: crate::pods::Config,
     pub(super) ipv6: bool,
@@ -247,6 +248,8 @@ impl Args {
             own: self.own_name(&mode),
             source,
             ca,
+            // An empty value is how charts say that there is none.
+            crl_path: self.ca.crl_path.clone().filter(|path| !path.as_os_str().is_empty()),
             secret_ttl: self.secret_ttl,
             pods: crate::pods::Config {
                 socket: self.inpod_uds.clone(),
@@ -344,8 +347,7 @@ impl Args {
     fn dump(&self) -> serde_json::Value {
         let mut dump = serde_json::json!({
             "proxyMode": self.mode, "proxyWorkloadInformation": self.workload_info, "localNode": self.node_name, "network": self.network,
-            "clusterId": self.cluster_id(), "localCaDir": self.ca.local_ca_dir,
-            "caAddress": self.ca.ca_address, "caRootCa": self.ca.ca_root_ca, "altCaHostname": self.ca.alt_ca_hostname, "inpodUds": self.inpod_uds,
+            "clusterId": self.cluster_id(), "inpodUds": self.inpod_uds,
             "inpodPortReuse": self.inpod_port_reuse, "packetMark": self.packet_mark, "requireOriginalSource": self.enable_orig_src,
             "secretTtl": format!("{:?}", self.secret_ttl), "windowSize": self.http2_stream_window_size,
             "connectionWindowSize": self.http2_connection_window_size, "frameSize": self.http2_frame_size, "maxStreams": self.max_streams,
@@ -360,9 +362,11 @@ impl Args {
             "compliancePolicy": self.compliance_policy, "logFormat": self.log_format, "adminPort": self.admin_port,
             "statsPort": self.stats_port, "readinessPort": self.readiness_port,
         });
-        // In two parts, for the macro's sake.
-        if let (Some(all), serde_json::Value::Object(more)) = (dump.as_object_mut(), self.mesh.dump()) {
-            all.extend(more);
+        // In parts, for the macro's sake.
+        for part in [self.mesh.dump(), self.ca.dump()] {
+            if let (Some(all), serde_json::Value::Object(more)) = (dump.as_object_mut(), part) {
+                all.extend(more);
+            }
         }
         dump
     }

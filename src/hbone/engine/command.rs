@@ -42,6 +42,8 @@ pub(in crate::hbone) enum Command {
     Release,
     /// Close now.
     Abort,
+    /// Close now: the peer is believed no longer.
+    Revoke,
     /// Hand the tunnel out to be taken up elsewhere.
     Freeze(Box<Freeze>),
 }

@@ -62,7 +62,10 @@ pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential
 }
 
 fn tls(error: &rustls::Error) -> Error {
-    Error::Tls(crate::identity::explain(error).to_string())
+    match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Revoked) => Error::Revoked,
+        other => Error::Tls(crate::identity::explain(other).to_string()),
+    }
 }
 
 /// Our record layer in both directions. The counters are rustls' own: it may have opened or sealed records after the handshake.

@@ -258,6 +258,7 @@ impl Tunnel {
             Command::Freeze(freeze) => self.freezing = Some(freeze),
             Command::Release => self.released = true,
             Command::Abort => self.close(Reason::NO_ERROR, None),
+            Command::Revoke => self.close(Reason::NO_ERROR, Some(Error::Revoked)),
         }
         self.open_waiting();
     }
@@ -424,9 +425,11 @@ impl Tunnel {
         self.goaway(self.last_peer_id, reason);
         self.life = Life::Closing(Instant::now() + super::LINGER);
         self.timer.as_mut().reset(Instant::now() + super::LINGER);
+        let revoked = matches!(failure, Some(Error::Revoked));
         self.failure = failure;
         for slot in self.streams.slots() {
-            self.abandon(slot, Ended::Disconnected(io::ErrorKind::ConnectionAborted.into()), None);
+            let cut = || Ended::Disconnected(io::ErrorKind::ConnectionAborted.into());
+            self.abandon(slot, if revoked { Ended::Failed(io::Error::other(Error::Revoked)) } else { cut() }, None);
         }
         self.waiting.clear();
         command::refuse(self.inbox.close());

@@ -45,8 +45,8 @@ impl Ca {
     }
 }
 
-fn shape() -> Shape {
-    Shape::new(&Config::default(), Clock::system())
+fn shape() -> Arc<Shape> {
+    Arc::new(Shape::new(&Config::default(), Clock::system()))
 }
 
 fn me() -> SpiffeId {

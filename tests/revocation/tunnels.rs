@@ -1,0 +1,112 @@
+//! Tunnels that are open when a list comes.
+
+use std::time::{Duration, Instant};
+
+use culvert::forward::Ended;
+use culvert::hbone::{Config, Endpoint, Error};
+use rustls::pki_types::CertificateDer;
+
+use super::crl::list;
+use super::raw_h2::{Frame, NO_ERROR, RawPeer};
+use super::tunnel_peers::{Application, CountingDialer, OurClient, OurServer, Realm, eventually, soon, tls_to};
+use super::*;
+
+/// From the file's change to the cut.
+const IN_TIME: Duration = Duration::from_secs(1);
+
+fn endpoint() -> Arc<Endpoint> {
+    Arc::new(Endpoint::new(Config::default()))
+}
+
+fn leaf(credential: &Credential) -> &CertificateDer<'static> {
+    &credential.chain[0]
+}
+
+/// The relay of a stream ended because of a revocation, and its application was told by a reset.
+async fn cut(mut application: Application) {
+    match soon(application.relay).await.unwrap() {
+        Ended::Failed(error) => assert!(matches!(error.downcast::<Error>().unwrap(), Error::Revoked)),
+        ended => panic!("{ended:?}"),
+    }
+    application.relay = tokio::spawn(async { Ended::Finished });
+    assert_eq!(application.read_to_end().await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn an_inbound_tunnel_of_a_revoked_client_is_cut_and_others_stay() {
+    let root = Authority::root("root");
+    // The clients have no lists.
+    let clients = Ours::new(&root, &root, b"");
+    let ours = Ours::new(&root, &root, list(&root.signer, &[]).as_bytes());
+    let mut server = OurServer::start(ours.credential("server").await, endpoint()).await;
+    let mut raw = Vec::new();
+    let mut served = Vec::new();
+    for account in ["bad", "good"] {
+        let stream = tls_to(server.address, &*clients.credential(account).await).await;
+        let mut peer = RawPeer::client(stream, &[]).await;
+        peer.send(&Frame::connect(1, "10.0.0.2:80")).await;
+        served.push(server.accept_one().await);
+        assert_eq!(soon(peer.expect_status(1)).await, ("200".to_owned(), false));
+        raw.push(peer);
+    }
+    let begin = Instant::now();
+    std::fs::write(&ours.file, list(&root.signer, &[leaf(&*clients.credential("bad").await)])).unwrap();
+    let (mut good, mut bad) = (raw.pop().unwrap(), raw.pop().unwrap());
+    // Abrupt, but with a word.
+    assert_eq!(soon(bad.goaway_code()).await, Some(NO_ERROR));
+    assert!(begin.elapsed() < IN_TIME + Duration::from_secs(1), "{:?} on a busy machine", begin.elapsed());
+    assert!(matches!(server.tunnel_end().await, Err(Error::Revoked)));
+    let (mut stays, ends) = (served.pop().unwrap(), served.pop().unwrap());
+    cut(ends).await;
+    assert_eq!((ours.counted("destination"), ours.counted("source")), (1, 0), "one for each tunnel");
+    // The other does not notice.
+    good.send(&Frame::data(1, *b"still here")).await;
+    stays.expect(b"still here").await;
+    // And the revoked one cannot come back.
+    let stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(clients.credential("bad").await.client_config());
+    let again = connector.connect("127.0.0.1".try_into().unwrap(), stream).await;
+    assert!(matches!(server.tunnel_end().await, Err(Error::Revoked)));
+    drop(again);
+    assert_eq!(ours.counted("destination"), 2);
+}
+
+#[tokio::test]
+async fn an_outbound_tunnel_to_a_revoked_server_is_cut_and_not_dialled_again() {
+    let root = Authority::root("root");
+    let servers = Ours::new(&root, &root, b"");
+    let ours = Ours::new(&root, &root, b"");
+    let server = OurServer::start(servers.credential("server").await, endpoint()).await.echo();
+    let realm = Realm::of(ours.store.clone());
+    let client = OurClient::with(server.address, &realm, Endpoint::new(Config::default()), CountingDialer::default()).await;
+    let (mut one, mut two) = (client.open().await.unwrap(), client.open().await.unwrap());
+    one.echoes(b"one").await;
+    two.echoes(b"two").await;
+    assert_eq!(client.dials(), 1);
+    std::fs::write(&ours.file, list(&root.signer, &[leaf(&*servers.credential("server").await)])).unwrap();
+    cut(one).await;
+    cut(two).await;
+    assert_eq!((ours.counted("source"), ours.counted("destination")), (1, 0), "one for each tunnel");
+    let error = client.open().await.unwrap_err();
+    assert!(matches!(*error, Error::Revoked), "{error}");
+    assert_eq!((client.dials(), ours.counted("source")), (2, 2));
+    // Taken off the list, it is served again.
+    std::fs::write(&ours.file, "").unwrap();
+    eventually("the list is lifted", || ours.metrics().contains("culvert_crl_loads_total{outcome=\"loaded\"} 3")).await;
+    client.open().await.unwrap().echoes(b"back").await;
+}
+
+#[tokio::test]
+async fn a_list_that_revokes_nobody_here_cuts_nothing() {
+    let root = Authority::root("root");
+    let ours = Ours::new(&root, &root, b"");
+    let server = OurServer::start(ours.credential("server").await, endpoint()).await.echo();
+    let realm = Realm::of(ours.store.clone());
+    let client = OurClient::with(server.address, &realm, Endpoint::new(Config::default()), CountingDialer::default()).await;
+    let mut open = client.open().await.unwrap();
+    open.echoes(b"before").await;
+    std::fs::write(&ours.file, list(&root.signer, &[leaf(&*ours.credential("stranger").await)])).unwrap();
+    eventually("the list is in force", || ours.metrics().contains("culvert_crl_loads_total{outcome=\"loaded\"} 2")).await;
+    open.echoes(b"after").await;
+    assert_eq!((client.dials(), ours.counted("source"), ours.counted("destination")), (1, 0, 0));
+}
