@@ -90,8 +90,9 @@ fn connections_of_a_revoked_client_are_cut_and_new_ones_fail_while_others_go_on(
     assert_eq!(ground.count("right", "istio_crl_policy_rejections_total", &["reporter=\"destination\""]), 1.0);
     ground.mesh.wait_for_log("right", &["connection complete", "direction=\"inbound\"", "error=\"a certificate of the peer is revoked\""]);
     ground.mesh.echo("client", (ground.mesh.ip("server"), 8080)).unwrap_err();
-    wait_until("the refusal is counted", || ground.count("right", "istio_crl_policy_rejections_total", &["reporter=\"destination\""]) == 2.0);
+    // A client learns of it only after its side of the handshake, and may try again with a fresh tunnel.
+    wait_until("the refusal is counted", || ground.count("right", "istio_crl_policy_rejections_total", &["reporter=\"destination\""]) >= 2.0);
     // The client's proxy is told why.
-    ground.mesh.wait_for_log("left", &["connection complete", "direction=\"outbound\"", "the peer refused our certificate: revoked"]);
+    ground.mesh.wait_for_log("left", &["tunnel lost", "alert CertificateRevoked"]);
     echo_on(&mut other, b"after").unwrap();
 }

@@ -57,7 +57,7 @@ impl CaArgs {
         let config = grpc::Config {
             alternate_name: self.alt_ca_hostname.clone(),
             token: token(self.auth_token.as_deref()),
-            headers: headers("CA_HEADER_", cluster_id, std::env::vars()),
+            headers: headers("CA_HEADER_", cluster_id, environment()),
             post_quantum_only,
             ..grpc::Config::new(address.parse().context("CA_ADDRESS")?, RootSource::of(&self.ca_root_ca))
         };
@@ -75,6 +75,11 @@ impl CaArgs {
             "crlPath": self.crl_path,
         })
     }
+}
+
+/// All variables that are text; others are none of ours.
+pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
 /// Where the control plane is when nobody says.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::super::duration;
-use super::control_plane::{CaArgs, CaSource, token};
+use super::control_plane::{CaArgs, CaSource, environment, token};
 use super::mesh_source::{MeshArgs, MeshSource, Oneself};
 use crate::discovery::LocalName;
 use crate::sys::socket::{Keepalive, Transparency};
@@ -232,7 +232,7 @@ impl Args {
             namespace: self.pod_namespace.as_deref(),
             token: token(self.ca.auth_token.as_deref()),
         };
-        let source = self.mesh.source(&oneself, &std::env::vars().collect::<Vec<_>>())?;
+        let source = self.mesh.source(&oneself, &environment().collect::<Vec<_>>())?;
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
