@@ -1,7 +1,9 @@
 //! How much to read at once, and the buffers to read into: lent by a pool of each thread while there are bytes to hold, and only then.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
+
+use super::shelf::Shelf;
 
 /// Smallest read, in bytes: one request or one small record.
 pub const MIN_READ: usize = 16 * 1024;
@@ -41,36 +43,30 @@ impl ReadSize {
     }
 }
 
-/// A buffer on loan. Its bytes are whatever the last borrower left. Dropping it gives it to the pool of the thread that drops it.
+/// A buffer on loan. Its bytes are whatever the last borrower left. Dropping it gives it to the shelf of the thread that drops it.
 #[derive(Debug)]
 pub(super) struct Buffer(Vec<u8>);
 
-#[derive(Default)]
-struct Shelf {
-    idle: [Vec<Vec<u8>>; SIZES],
-    /// Loans made here minus loans returned here; negative when others' loans came back here.
-    lent: isize,
-}
-
 thread_local! {
-    static SHELF: RefCell<Shelf> = RefCell::default();
+    static SHELVES: [Shelf<Vec<u8>>; SIZES] = std::array::from_fn(|place| Shelf::new(KEPT_BYTES / (MIN_READ << place)));
+    /// Loans made here minus loans returned here; negative when others' loans came back here.
+    static LENT: Cell<isize> = const { Cell::new(0) };
 }
 
 impl Buffer {
     /// Borrows a buffer of `size`, which is rounded up to a power of two from [`MIN_READ`] to [`MAX_READ`].
     pub(super) fn lend(size: usize) -> Self {
         let size = size.clamp(MIN_READ, MAX_READ).next_power_of_two();
-        let idle = with_shelf(|shelf| {
-            shelf.lent += 1;
-            shelf.idle[place(size)].pop()
-        });
-        Self(idle.flatten().unwrap_or_else(|| vec![0; size]))
+        LENT.set(LENT.get() + 1);
+        // A thread that is ending has none.
+        let idle = SHELVES.try_with(|shelves| shelves[place(size)].take()).ok().flatten();
+        Self(idle.unwrap_or_else(|| vec![0; size]))
     }
 
-    /// Buffers on loan from this thread's pool, for tests and for whoever looks for a leak: none while no byte is held.
+    /// Buffers on loan from this thread's shelves, for tests and for whoever looks for a leak: none while no byte is held.
     #[cfg(test)]
     pub(super) fn lent() -> isize {
-        with_shelf(|shelf| shelf.lent).unwrap_or_default()
+        LENT.get()
     }
 }
 
@@ -91,24 +87,14 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.0);
-        let size = buffer.len();
-        with_shelf(|shelf| {
-            shelf.lent -= 1;
-            let idle = &mut shelf.idle[place(size)];
-            if idle.len() < KEPT_BYTES / size {
-                idle.push(buffer);
-            }
-        });
+        LENT.set(LENT.get() - 1);
+        // A thread that is ending keeps nothing any more.
+        let _ = SHELVES.try_with(|shelves| shelves[place(buffer.len())].give(buffer));
     }
 }
 
 fn place(size: usize) -> usize {
     (size / MIN_READ).ilog2() as usize
-}
-
-/// `None` while the thread ends and its pool is gone.
-fn with_shelf<T>(act: impl FnOnce(&mut Shelf) -> T) -> Option<T> {
-    SHELF.try_with(|shelf| act(&mut shelf.borrow_mut())).ok()
 }
 
 #[cfg(test)]
@@ -146,6 +132,6 @@ mod tests {
     fn the_pool_of_a_thread_is_bounded() {
         let many: Vec<Buffer> = (0..100).map(|_| Buffer::lend(MAX_READ)).collect();
         drop(many);
-        assert_eq!(with_shelf(|shelf| shelf.idle[place(MAX_READ)].len()), Some(KEPT_BYTES / MAX_READ));
+        assert_eq!(SHELVES.with(|shelves| shelves[place(MAX_READ)].len()), KEPT_BYTES / MAX_READ);
     }
 }

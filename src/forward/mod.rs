@@ -5,8 +5,10 @@
 mod buffer;
 pub mod record;
 mod relay;
+pub(crate) mod shelf;
 pub mod slab;
 mod splice;
 
 pub use buffer::{MAX_READ, MIN_READ, ReadSize};
 pub use relay::{Ended, relay, socket_error};
+pub use shelf::{TRIM_INTERVAL, trim};

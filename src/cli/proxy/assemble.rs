@@ -24,6 +24,7 @@ use super::workers::Workers;
 use crate::admin::{self, AdminSources, Readiness, ReadyToken};
 use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh, xds};
+use crate::forward;
 use crate::grpc::Dialer;
 use crate::hbone::{Endpoint, ReceiveBudget};
 use crate::identity::{self, Credentials, Issuer, LocalIssuer, RemoteIssuer, Revocations};
@@ -83,6 +84,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let telemetry = Telemetry::new(TelemetryConfig { tag: settings.istio_version.clone(), ..TelemetryConfig::default() });
     telemetry.watch_runtime(data);
     let supervisor = Supervisor::new();
+    supervisor.supervise("buffers", give_back_buffers());
 
     let reloads = Arc::new(ReloadStats::default());
     let mesh = mesh(&settings, (&telemetry, &supervisor), &reloads, state_ready).await?;
@@ -298,6 +300,14 @@ fn start_dedicated(
     let sockets = PodSockets::new(None, listeners.transparent, &node.config);
     let proxy = PodProxy::new(node.clone(), name.clone(), sockets, drain.clone());
     Ok(start_pod(proxy, listeners, &drained_with_the_process(settings, drain)))
+}
+
+/// Buffers that no worker has needed for a second go back to the allocator, also those of workers that have nothing to do.
+async fn give_back_buffers() {
+    loop {
+        tokio::time::sleep(forward::TRIM_INTERVAL).await;
+        forward::trim();
+    }
 }
 
 /// A watcher of a drain that begins with the process's and keeps the deadline; the process's own gives a second more, in which connections that

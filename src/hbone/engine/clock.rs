@@ -7,9 +7,7 @@ use tokio::time::Instant;
 
 use super::super::Error;
 use super::frame::{self, Reason};
-use super::spare;
 use super::tunnel::{Life, Side, Tunnel};
-use crate::forward::slab;
 
 /// The PING behind the first GOAWAY of a drain.
 pub(super) const LAST_CALL: &[u8; 8] = b"lastcall";
@@ -49,9 +47,6 @@ impl Tunnel {
                 return true;
             }
             Watch::Settings | Watch::Interval => {
-                // Some tunnel of each thread comes by here every few seconds.
-                slab::trim(Instant::now().into_std());
-                spare::clear();
                 frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
                 self.watch = Watch::Answer;
                 self.endpoint.config.ping_timeout
