@@ -132,7 +132,7 @@ fn fail(socket: &TcpStream) {
 async fn establish(pod: &PodProxy, journey: &Journey) -> Result<Upstream, Error> {
     match &journey.route {
         Route::Passthrough { .. } | Route::Tcp { .. } => {
-            pod.sockets.connect(next_hop(&journey.route), None).await.map(Upstream::Plain).map_err(Error::Connect)
+            pod.sockets.connect(next_hop(&journey.route)).await.map(Upstream::Plain).map_err(Error::Connect)
         }
         Route::Hbone { workload, authority, expected, .. } => {
             let (key, credential, request) = prepare(pod, journey, (workload, expected, authority)).await?;

@@ -199,12 +199,12 @@ impl Routed {
 
     async fn dial(&self, pod: &PodProxy) -> io::Result<TcpStream> {
         let source = self.identified.accepted.source;
-        let Some(announce) = self.announce else { return pod.sockets.connect(self.target, Some(source)).await };
+        let Some(announce) = self.announce else { return pod.sockets.deliver(self.target, Some(source)).await };
         let mut socket = if pod.node.config.localhost_app_tunnel {
             let loopback = if self.target.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
-            pod.sockets.connect(SocketAddr::new(loopback, self.target.port()), None).await?
+            pod.sockets.deliver(SocketAddr::new(loopback, self.target.port()), None).await?
         } else {
-            pod.sockets.connect(self.target, Some(source)).await?
+            pod.sockets.deliver(self.target, Some(source)).await?
         };
         // Before the 200, so that a peer is told if it fails.
         socket.write_all(&announcement::header(source, announce, self.identified.identity.as_ref())).await?;

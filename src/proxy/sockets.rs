@@ -32,14 +32,26 @@ impl PodSockets {
         Self { netns, options, connect_timeout: config.connect_timeout, may_spoof }
     }
 
-    /// Connects within the connect timeout. With a `source`, the destination sees that address if the kernel allows it (reference, dataplane
-    /// §1.6).
+    /// Connects to the pod's own application within the connect timeout. With a `source`, it sees that address if the kernel allows it (reference,
+    /// dataplane §1.6). Both ends are this kernel's, which knows when one is gone: no keepalive, whose four options cost more than the socket.
     ///
     /// # Errors
     /// Those of the connect; [`io::ErrorKind::TimedOut`] after the timeout.
-    pub async fn connect(&self, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<TcpStream> {
-        let source = source.filter(|_| self.may_spoof);
-        let make = || dial_socket(target, source, &self.options);
+    pub async fn deliver(&self, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+        let options = DialOptions { keepalive: None, ..self.options };
+        self.open(target, source.filter(|_| self.may_spoof), &options).await
+    }
+
+    /// Connects to another host, as the pod would, within the connect timeout.
+    ///
+    /// # Errors
+    /// Those of [`deliver`](Self::deliver).
+    pub async fn connect(&self, target: SocketAddr) -> io::Result<TcpStream> {
+        self.open(target, None, &self.options).await
+    }
+
+    async fn open(&self, target: SocketAddr, source: Option<SocketAddr>, options: &DialOptions) -> io::Result<TcpStream> {
+        let make = || dial_socket(target, source, options);
         let (socket, spoofed) = match &self.netns {
             Some(netns) => netns.run(make)??,
             None => make()?,
@@ -57,6 +69,6 @@ impl PodSockets {
 
 impl Dialer for PodSockets {
     fn dial(&self, target: SocketAddr) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send + '_>> {
-        Box::pin(self.connect(target, None))
+        Box::pin(self.connect(target))
     }
 }

@@ -3,11 +3,12 @@
 //! A socket belongs for ever to the namespace it was created in, so only creation and binding happen inside [`NetNs::run`];
 //! accept, connect and I/O then work from any thread.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -82,11 +83,10 @@ impl NetNs {
     /// When the namespace cannot be entered (`EPERM` without `CAP_SYS_ADMIN`, `EINVAL` if the descriptor is not a network
     /// namespace); `work` has not run then.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
-        let way_back = WayBack { home: File::open("/proc/thread-self/ns/net")? };
+        let way_back = WayBack::prepare()?;
         enter(self.file.as_fd())?;
-        let answer = work();
-        drop(way_back);
-        Ok(answer)
+        let _way_back = way_back.begin();
+        Ok(work())
     }
 }
 
@@ -124,17 +124,54 @@ fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
     })
 }
 
-/// Returns the thread to where it came from when dropped, or ends the process.
-struct WayBack {
-    home: File,
+/// Where the first thread that made a visit is at home. All workers are at home there: one descriptor serves them, and none has to open its own
+/// for every visit.
+static HOME: OnceLock<NetNs> = OnceLock::new();
+
+thread_local! {
+    /// Whether this thread is at home in [`HOME`], once that is known. Nothing but [`NetNs::run`] moves a thread, so it stays true.
+    static AT_HOME_THERE: Cell<Option<bool>> = const { Cell::new(None) };
+    /// The thread is on a visit.
+    static AWAY: Cell<bool> = const { Cell::new(false) };
 }
 
-impl Drop for WayBack {
+/// The way back from a visit that has not begun.
+struct WayBack {
+    from: NetNs,
+    /// It leads into a namespace that is visited too.
+    nested: bool,
+}
+
+impl WayBack {
+    fn prepare() -> io::Result<Self> {
+        let nested = AWAY.get();
+        let home = HOME.get().filter(|_| !nested && AT_HOME_THERE.get() == Some(true));
+        let from = match home {
+            Some(home) => home.clone(),
+            None => NetNs::current()?,
+        };
+        if !nested && AT_HOME_THERE.get().is_none() {
+            AT_HOME_THERE.set(Some(HOME.get_or_init(|| from.clone()) == &from));
+        }
+        Ok(Self { from, nested })
+    }
+
+    fn begin(self) -> Visit {
+        AWAY.set(true);
+        Visit(self)
+    }
+}
+
+/// Returns the thread to where it came from when dropped, or ends the process.
+struct Visit(WayBack);
+
+impl Drop for Visit {
     fn drop(&mut self) {
-        if setns(&self.home, CloneFlags::CLONE_NEWNET).is_err() {
+        if setns(&self.0.from, CloneFlags::CLONE_NEWNET).is_err() {
             // Nothing sane is left to do: this thread sits in a pod's namespace and does not know it.
             std::process::abort();
         }
+        AWAY.set(self.0.nested);
     }
 }
 
@@ -142,6 +179,30 @@ impl Drop for WayBack {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+
+    #[test]
+    fn visits_within_visits_lead_back_to_where_each_began_also_on_a_thread_that_is_born_inside() {
+        let (home, one, two) = (NetNs::current().unwrap().id(), NetNs::create().unwrap(), NetNs::create().unwrap());
+        let here = || NetNs::current().unwrap().id();
+        for _ in 0..2 {
+            one.run(|| {
+                two.run(|| assert_eq!(here(), two.id())).unwrap();
+                assert_eq!(here(), one.id());
+                let born_inside = std::thread::spawn({
+                    let (one, two) = (one.clone(), two.clone());
+                    move || {
+                        for _ in 0..2 {
+                            two.run(|| ()).unwrap();
+                            assert_eq!(here(), one.id());
+                        }
+                    }
+                });
+                born_inside.join().unwrap();
+            })
+            .unwrap();
+            assert_eq!(here(), home);
+        }
+    }
 
     #[test]
     fn work_runs_inside_and_the_thread_comes_back() {

@@ -183,12 +183,8 @@ fn plain_socket(target: IpAddr, options: &DialOptions) -> io::Result<Socket> {
 }
 
 fn bind_foreign(socket: &Socket, source: IpAddr) -> io::Result<()> {
+    // A transparent socket may bind to any address; IP_FREEBIND, which the reference sets too, adds nothing (ip(7), IP_TRANSPARENT).
     set_transparent(socket, source.is_ipv6())?;
-    if source.is_ipv6() {
-        socket.set_freebind_v6(true)?;
-    } else {
-        socket.set_freebind_v4(true)?;
-    }
     // Without this, bind would reserve a local port for the whole (source IP, *) pair and run out of them after 28,000 connections.
     setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
     socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))
