@@ -94,6 +94,7 @@ impl ServerTunnel {
     /// When it is not of the serving side, or its sockets cannot be registered. Its connections are reset.
     pub fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(Self, Vec<MovedStream>), Error> {
         let Thawed { peer, address, lifetime, tunnel, streams, .. } = frozen.thaw(Side::Server, endpoint)?;
+        endpoint.revocations.iter().for_each(|lists| lists.untracked(Reporter::Destination));
         let streams =
             streams.into_iter().map(|(id, role, socket)| MovedStream::new(TunnelStream::new(id, tunnel.inbox().clone(), None), role, socket));
         let streams = streams.collect();

@@ -1,7 +1,8 @@
 //! The dialling side: TCP, TLS, HTTP/2, and streams on the tunnel that results.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -17,6 +18,7 @@ use super::lifetime::Lifetime;
 use super::moving::{MovedStream, Mover};
 use super::stream::{Relaying, TunnelStream};
 use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen};
+use crate::forward::Ended;
 use crate::identity::{Credential, Revoked, expect_peer};
 use crate::model::SpiffeId;
 use crate::telemetry::Reporter;
@@ -91,6 +93,7 @@ pub(super) async fn handshake(way: Way, credential: &Credential, expected: &[Spi
 /// Takes a frozen tunnel up, with its streams; they have their places among the tunnel's again.
 pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
     let Thawed { peer, address, lifetime, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
+    endpoint.revocations.iter().for_each(|lists| lists.untracked(Reporter::Source));
     let tunnel = ClientTunnel::start(tunnel, peer, (lifetime, None), (address, None), endpoint);
     tunnel.state.closed.store(leaving, Ordering::Release);
     let (state, inbox) = (&tunnel.state, &tunnel.inbox);
@@ -128,6 +131,25 @@ async fn drive(mut tunnel: Box<Tunnel>, (lifetime, revoked): (Lifetime, Revoked)
     state.closed.store(true, Ordering::Release);
 }
 
+/// Drives a tunnel that is within a stream of another.
+async fn drive_within(driven: impl Future<Output = ()>, mut outer: Relaying, inbox: &Inbox<Command>) {
+    let mut driven = pin!(driven);
+    tokio::select! {
+        biased;
+        ended = &mut outer => {
+            // Nobody is believed who came through a revoked gateway; this tunnel is about to find its socket closed.
+            if let Ended::Failed(error) = ended && error.get_ref().is_some_and(|cause| matches!(cause.downcast_ref(), Some(Error::Revoked))) {
+                let _ = inbox.send(Command::Revoke);
+            }
+            driven.await;
+        }
+        () = &mut driven => {
+            // The outer stream's peer has nothing left to say to us; one that does not end its direction gets a reset.
+            let _ = tokio::time::timeout(FAREWELL, outer).await;
+        }
+    }
+}
+
 impl Drop for ClientTunnel {
     fn drop(&mut self) {
         // Closes when the last stream is done; a tunnel that has ended needs nothing.
@@ -147,11 +169,11 @@ impl ClientTunnel {
         let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
         let inbox = tunnel.inbox().clone();
         let driven = drive(tunnel, (lifetime, revoked), state.clone(), address);
+        let below = inbox.clone();
         tokio::spawn(async move {
-            driven.await;
-            if let Some(outer) = outer {
-                // Its peer has nothing left to say to us; one that does not end its direction gets a reset.
-                let _ = tokio::time::timeout(FAREWELL, outer).await;
+            match outer {
+                Some(outer) => drive_within(driven, outer, &below).await,
+                None => driven.await,
             }
         });
         Self { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams), lifetime }

@@ -24,6 +24,7 @@ pub mod framing {
 use std::time::Duration;
 
 use crate::forward::record::KEY_LIMIT;
+use crate::identity::Revocations;
 use crate::lifecycle::Clock;
 
 pub use accept::{Incoming, ServerTunnel, accept};
@@ -93,6 +94,8 @@ pub struct Endpoint {
     pub budget: ReceiveBudget,
     /// Tells when certificates expire.
     pub clock: Clock,
+    /// Revocation lists, to count tunnels that were taken up without the certificates of their peers, so that no list can cut them. Default none.
+    pub revocations: Option<Revocations>,
     /// Records that we seal with one key before we update it. Default and most: [`KEY_LIMIT`] (RFC 8446 §5.5).
     pub records_per_key: u64,
 }
@@ -104,7 +107,7 @@ impl Endpoint {
     /// With the default budget and the system's clock.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        Self { config, budget: ReceiveBudget::new(Self::RECEIVE_BUDGET), clock: Clock::system(), records_per_key: KEY_LIMIT }
+        Self { config, budget: ReceiveBudget::new(Self::RECEIVE_BUDGET), clock: Clock::system(), revocations: None, records_per_key: KEY_LIMIT }
     }
 }
 

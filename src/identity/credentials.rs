@@ -18,6 +18,7 @@ use super::error::IdentityError;
 use super::issuer::{Issuer, PendingKey};
 use super::metrics::{self, Requests};
 use super::renewal::{Job, LookUp, Moment, Settled, Table};
+use super::revocation::Revocations;
 use super::tls::Shape;
 use crate::lifecycle::Clock;
 use crate::model::SpiffeId;
@@ -135,6 +136,12 @@ impl Credentials {
             root_certs: credential.iter().flat_map(|credential| credential.roots.iter().map(CertificateEntry::of)).collect(),
         };
         states.into_iter().map(show).collect()
+    }
+
+    /// The revocation lists that peers are verified with.
+    #[must_use]
+    pub fn revocations(&self) -> Option<Revocations> {
+        self.handle.0.config.revocations.clone()
     }
 
     /// The metric families of this room. They end with the last handle.

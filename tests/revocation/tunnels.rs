@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use culvert::forward::Ended;
-use culvert::hbone::{Config, Endpoint, Error};
+use culvert::hbone::{Config, ConnectResponse, Endpoint, Error, Inner, Role, ServerTunnel, accept};
+use culvert::telemetry::Meter;
 use rustls::pki_types::CertificateDer;
 
 use super::crl::list;
 use super::raw_h2::{Frame, NO_ERROR, RawPeer};
-use super::tunnel_peers::{Application, CountingDialer, OurClient, OurServer, Realm, eventually, soon, tls_to};
+use super::tunnel_peers::{Application, CountingDialer, OurClient, OurServer, Realm, eventually, listen, request, soon, tls_to};
 use super::*;
 
 /// From the file's change to the cut.
@@ -94,6 +95,93 @@ async fn an_outbound_tunnel_to_a_revoked_server_is_cut_and_not_dialled_again() {
     std::fs::write(&ours.file, "").unwrap();
     eventually("the list is lifted", || ours.metrics().contains("culvert_crl_loads_total{outcome=\"loaded\"} 3")).await;
     client.open().await.unwrap().echoes(b"back").await;
+}
+
+/// A client of ours, a gateway that passes bytes on, and a server behind it. Only the client has lists.
+struct Beyond {
+    ours: Ours,
+    others: Ours,
+    client: OurClient,
+    gateway: JoinHandle<()>,
+    _server: OurServer,
+}
+
+impl Beyond {
+    async fn new(root: &Authority) -> Self {
+        let (ours, others) = (Ours::new(root, root, b""), Ours::new(root, root, b""));
+        let server = OurServer::start(others.credential("far").await, endpoint()).await.echo();
+        let mut gateway = OurServer::start(others.credential("server").await, endpoint()).await;
+        let realm = Realm::of(ours.store.clone());
+        let client = OurClient::with(gateway.address, &realm, Endpoint::new(Config::default()), CountingDialer::default()).await;
+        let to = server.address;
+        let gateway = tokio::spawn(async move {
+            while let Some(incoming) = gateway.requests.recv().await {
+                let socket = tokio::net::TcpStream::connect(to).await.unwrap();
+                let stream = incoming.accept(&ConnectResponse::default()).unwrap();
+                tokio::spawn(async move { stream.relay(socket, Role::Server, &Arc::new(Meter::default())).await });
+            }
+        });
+        Self { ours, others, client, gateway, _server: server }
+    }
+
+    async fn open(&self) -> Application {
+        let (request, expected) = (request(), [id("far")]);
+        let inner = Inner { expected: &expected, request: &request };
+        let opened = soon(self.client.pool.open_within(&self.client.key, &self.client.credential, &request, inner)).await;
+        let mut application = Application::behind(opened.unwrap().0, Role::Client).await;
+        application.echoes(b"before").await;
+        application
+    }
+
+    async fn revoke(&self, root: &Authority, account: &str) {
+        std::fs::write(&self.ours.file, list(&root.signer, &[leaf(&*self.others.credential(account).await)])).unwrap();
+    }
+}
+
+impl Drop for Beyond {
+    fn drop(&mut self) {
+        self.gateway.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_within_a_tunnel_is_cut_when_its_own_server_is_revoked() {
+    let root = Authority::root("root");
+    let beyond = Beyond::new(&root).await;
+    let open = beyond.open().await;
+    beyond.revoke(&root, "far").await;
+    cut(open).await;
+    assert_eq!((beyond.ours.counted("source"), beyond.client.dials()), (1, 1), "the inner one alone");
+}
+
+#[tokio::test]
+async fn a_tunnel_within_a_tunnel_is_cut_when_the_gateway_is_revoked() {
+    let root = Authority::root("root");
+    let beyond = Beyond::new(&root).await;
+    let open = beyond.open().await;
+    beyond.revoke(&root, "server").await;
+    cut(open).await;
+    assert_eq!(beyond.ours.counted("source"), 1, "the outer one alone");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_was_taken_up_is_counted_as_out_of_reach_of_lists() {
+    let root = Authority::root("root");
+    let ours = Ours::new(&root, &root, b"");
+    let with_lists = Arc::new(Endpoint { revocations: ours.store.revocations(), ..Endpoint::new(Config::default()) });
+    let (listener, address) = listen().await;
+    let (server, client) = (ours.credential("server").await, ours.credential("client").await);
+    let peer = tokio::spawn(async move { RawPeer::client(tls_to(address, &client).await, &[]).await });
+    let (socket, from) = listener.accept().await.unwrap();
+    let tunnel = accept(socket, from, &server, &with_lists).await.unwrap();
+    let mover = tunnel.mover();
+    let (_trigger, watcher) = culvert::lifecycle::drain::channel();
+    let served = tokio::spawn(tunnel.serve(watcher, drop));
+    let _peer = soon(peer).await.unwrap();
+    let frozen = soon(mover.freeze(IN_TIME)).await.unwrap();
+    served.await.unwrap().unwrap();
+    ServerTunnel::take_up(frozen, &with_lists).unwrap();
+    assert!(ours.metrics().contains("istio_crl_untracked_connections_total{reporter=\"destination\"} 1"), "{}", ours.metrics());
 }
 
 #[tokio::test]

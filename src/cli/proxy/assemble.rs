@@ -95,7 +95,11 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let (unauthenticated, per_source) = settings.unauthenticated;
     let node = Arc::new(Node {
         config: settings.proxy.clone(),
-        hbone: Arc::new(Endpoint { budget: ReceiveBudget::new(settings.receive_budget), ..Endpoint::new(settings.hbone.clone()) }),
+        hbone: Arc::new(Endpoint {
+            budget: ReceiveBudget::new(settings.receive_budget),
+            revocations: credentials.revocations(),
+            ..Endpoint::new(settings.hbone.clone())
+        }),
         mesh: mesh.clone(),
         credentials: credentials.clone(),
         telemetry: telemetry.clone(),

@@ -87,7 +87,13 @@ impl State {
         }
         let config =
             Config { frame_size: promised.frame_size, header_list: promised.header_list, max_streams: promised.max_streams, ..config.clone() };
-        Arc::new(Endpoint { config, budget: endpoint.budget.clone(), clock: endpoint.clock.clone(), records_per_key: endpoint.records_per_key })
+        Arc::new(Endpoint {
+            config,
+            budget: endpoint.budget.clone(),
+            clock: endpoint.clock.clone(),
+            revocations: endpoint.revocations.clone(),
+            records_per_key: endpoint.records_per_key,
+        })
     }
 
     /// Overwrites what a new tunnel has begun with.
