@@ -1,6 +1,10 @@
 //! What `deploy/` promises: an image of one static file, manifests that take ztunnel's place, scripts that say what they do and what they miss.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "deploy/bench.rs"]
+mod bench;
+#[path = "deploy/demo.rs"]
+mod demo;
 #[path = "deploy/image.rs"]
 mod image;
 #[path = "deploy/manifests.rs"]
@@ -14,6 +18,8 @@ mod rights;
 mod scripts;
 #[path = "deploy/stubs.rs"]
 mod stubs;
+#[path = "deploy/swap.rs"]
+mod swap;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +28,12 @@ use std::process::{Command, Output};
 /// A file or folder of `deploy/`.
 fn deploy(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(path)
+}
+
+/// What a script is expected to print.
+fn transcript(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/deploy/transcripts").join(name).with_extension("txt");
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Every file below a folder.

@@ -124,6 +124,17 @@ enum Command {
     ServeLoad {
         port: u16,
     },
+    /// Puts load on what serve-load serves, and prints names with their values, one on a line.
+    #[command(hide = true)]
+    Load {
+        server: std::net::SocketAddr,
+        #[arg(value_enum)]
+        kind: lab::bench::OneKind,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        connections: u16,
+        #[arg(long, default_value = "5", value_parser = bench::seconds)]
+        seconds: Duration,
+    },
     /// Gets an http:// address.
     #[command(hide = true)]
     Get {
@@ -230,6 +241,11 @@ fn small_program(command: Command) -> anyhow::Result<ExitCode> {
         Command::ServeHttp { port, pod } => programs::serve_http(port, &pod)?,
         Command::ServeEcho { port, greeting } => programs::serve_echo(port, greeting)?,
         Command::ServeLoad { port } => lab::bench::serve_load(port)?,
+        Command::Load { server, kind, connections, seconds } => {
+            for (name, value) in lab::bench::run_one(server, kind, connections.into(), seconds)? {
+                println!("{name} {value:.6}");
+            }
+        }
         Command::Get { url, header } => {
             if !programs::get(&url, header.as_deref())? {
                 return Ok(ExitCode::FAILURE);

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Capabilities, Container, Namespace, Pod, PodSpec, Service, ServiceAccount};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -20,6 +21,76 @@ pub(super) fn documents(path: &Path) -> Vec<Value> {
     serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+/// `security.istio.io/v1 AuthorizationPolicy`, as far as the manifests use it.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct AuthorizationPolicy {
+    api_version: String,
+    kind: String,
+    metadata: ObjectMeta,
+    spec: AuthorizationSpec,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct AuthorizationSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    selector: Option<LabelSelector>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target_refs: Option<Vec<TargetRef>>,
+    action: Action,
+    rules: Vec<Rule>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Action {
+    Allow,
+    Deny,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TargetRef {
+    group: String,
+    kind: String,
+    name: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    from: Vec<From>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to: Option<Vec<To>>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct From {
+    source: Source,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Source {
+    principals: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct To {
+    operation: Operation,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Operation {
+    methods: Vec<String>,
+    paths: Vec<String>,
+}
+
+/// kustomize's.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Kustomization {
@@ -54,6 +125,7 @@ fn check_any(object: &Value) -> Result<(), String> {
         ("v1", "ServiceAccount") => check::<ServiceAccount>(object),
         ("apps/v1", "DaemonSet") => check::<DaemonSet>(object),
         ("apps/v1", "Deployment") => check::<Deployment>(object),
+        ("security.istio.io/v1", "AuthorizationPolicy") => check::<AuthorizationPolicy>(object),
         ("kustomize.config.k8s.io/v1beta1", "Kustomization") => check::<Kustomization>(object),
         (version, kind) => Err(format!("{version} {kind} is not expected")),
     }
@@ -72,7 +144,7 @@ fn every_object_reads_strictly_into_its_kubernetes_type() {
             seen += 1;
         }
     }
-    assert!(seen >= 4, "only {seen} objects");
+    assert!(seen >= 20, "only {seen} objects");
 }
 
 #[test]
@@ -104,6 +176,34 @@ fn a_kustomization_names_files_that_are_there_and_patches_what_is_there() {
             }
         }
     }
+}
+
+#[test]
+fn the_demos_policies_and_services_name_pods_and_accounts_that_are_there() {
+    let objects: Vec<Value> = files(&deploy("kind/demo")).iter().flat_map(|path| documents(path)).collect();
+    let of_kind = |kind: &'static str| objects.iter().filter(move |object| object["kind"] == kind);
+    let accounts: BTreeSet<_> = of_kind("ServiceAccount").map(|account| account["metadata"]["name"].as_str().unwrap()).collect();
+    let apps: BTreeSet<_> = of_kind("Pod").map(|pod| pod["metadata"]["labels"]["app"].as_str().unwrap()).collect();
+    for pod in of_kind("Pod") {
+        assert!(accounts.contains(pod["spec"]["serviceAccountName"].as_str().unwrap()), "{pod}");
+    }
+    for service in of_kind("Service") {
+        assert!(apps.contains(service["spec"]["selector"]["app"].as_str().unwrap()), "{service}");
+    }
+    let mut policies = 0;
+    for policy in of_kind("AuthorizationPolicy") {
+        policies += 1;
+        if let Some(app) = policy["spec"]["selector"]["matchLabels"]["app"].as_str() {
+            assert!(apps.contains(app), "{policy}");
+        }
+        for principal in policy["spec"]["rules"][0]["from"][0]["source"]["principals"].as_array().unwrap() {
+            let account = principal.as_str().unwrap().strip_prefix("cluster.local/ns/culvert-demo/sa/").unwrap();
+            // istioctl makes the waypoint's.
+            assert!(accounts.contains(account) || account == "waypoint", "{account}");
+        }
+    }
+    assert_eq!(policies, 4);
+    assert!(objects.iter().all(|object| object["kind"] == "Namespace" || object["metadata"]["namespace"] == "culvert-demo"));
 }
 
 /// The DaemonSet, its pod and its only container.

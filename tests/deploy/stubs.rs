@@ -50,10 +50,22 @@ impl Stubs {
         file
     }
 
+    /// Where a stand-in keeps what it must know: a file of `state`.
+    pub(super) fn state(&self, name: &str) -> PathBuf {
+        let folder = self.folder.path().join("state");
+        fs::create_dir_all(&folder).unwrap();
+        folder.join(name)
+    }
+
+    /// Takes a program away.
+    pub(super) fn without(&self, name: &str) {
+        fs::remove_file(self.folder.path().join("bin").join(name)).unwrap();
+    }
+
     /// Runs a script with its arguments and nothing else in the environment.
     pub(super) fn run(&self, script: &Path, arguments: &[&str]) -> Ran {
         let mut command = Command::new(script);
-        command.args(arguments).env_clear().env("PATH", self.folder.path().join("bin")).env("TMPDIR", self.folder.path());
+        command.args(arguments).env_clear().env("PATH", self.folder.path().join("bin")).env("TMPDIR", self.folder.path()).env("POLL_SECONDS", "0.05");
         command.into()
     }
 

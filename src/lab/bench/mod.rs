@@ -27,7 +27,7 @@ mod trial;
 
 pub use drive::supervise;
 pub use figure::Figure;
-pub use load::serve as serve_load;
+pub use load::{OneKind, run_one, serve as serve_load};
 pub use options::{Contestant, Floor, Kind, Options, Words};
 pub use report::{Machine, Report};
 pub use run::{Event, run};

@@ -81,13 +81,13 @@ pub(in super::super) struct Watch {
 
 /// Runs a job from inside a namespace against a server; the sentence says what did not work.
 pub(in super::super) async fn run(seat: &Seat, server: SocketAddr, job: Job, watch: Arc<Watch>) -> Result<Load, String> {
-    let limit = job.lasts() + PATIENCE;
-    on_own_thread(seat, "load", async move {
-        let outcome = tokio::time::timeout(limit, perform(server, job, watch)).await;
-        outcome.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the connections do not end")))
-    })
-    .await?
-    .map_err(|error| error.to_string())
+    on_own_thread(seat, "load", perform_within(server, job, watch)).await?.map_err(|error| error.to_string())
+}
+
+/// Runs a job from where the calling thread is; it ends, with or without the server.
+pub(super) async fn perform_within(server: SocketAddr, job: Job, watch: Arc<Watch>) -> io::Result<Load> {
+    let outcome = tokio::time::timeout(job.lasts() + PATIENCE, perform(server, job, watch)).await;
+    outcome.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the connections do not end")))
 }
 
 /// Runs work on a thread that is inside a namespace from its birth to its end, on a runtime of its own.

@@ -6,10 +6,12 @@
 mod bulk;
 mod client;
 mod held;
+mod one;
 mod server;
 
 pub(super) use client::{Job, Load, Watch, run};
 pub(super) use held::Held;
+pub use one::{Kind as OneKind, run_one};
 pub use server::serve;
 
 use std::io;
