@@ -48,6 +48,9 @@ pub mod proxy;
 // In-pod capture rules and the ZDS server.
 pub mod node;
 
+// The control plane: the mesh told to proxies, and certificates for them.
+pub mod control;
+
 // Readiness, metrics page, config dump, log level.
 pub mod admin;
 

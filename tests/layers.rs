@@ -22,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("pods", &["model", "wire", "sys", "lifecycle", "telemetry"]),
     ("proxy", &["model", "policy", "wire", "lifecycle", "telemetry", "sys", "forward", "identity", "discovery", "hbone", "pods"]),
     ("node", &["model", "wire", "sys", "lifecycle", "telemetry"]),
+    ("control", &["model", "policy", "wire", "identity", "discovery", "lifecycle", "telemetry"]),
     ("admin", &["model", "lifecycle", "telemetry"]),
     ("lab", &["*"]),
     ("cli", &["*"]),

@@ -2,6 +2,7 @@
 //! more than read, check and hand over.
 //! Main types: [`Cli`], one `Args` per subcommand.
 
+mod control;
 mod duration;
 mod lab;
 mod proxy;
@@ -22,6 +23,8 @@ pub struct Cli {
 enum Command {
     /// The node's data plane. Every setting is a flag and an environment variable.
     Proxy(Box<proxy::Args>),
+    /// The control plane: tells proxies what a mesh file says, over delta xDS, and signs their certificates.
+    Control(Box<control::Args>),
     /// A mesh in a box: nodes and pods as network namespaces on this machine, real proxies, no cluster.
     Lab(lab::Args),
     /// The version and what it was built with.
@@ -32,6 +35,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Proxy(args) => proxy::run(&args),
+        Command::Control(args) => control::run(&args),
         Command::Lab(args) => lab::run(args),
         Command::Version => {
             println!("culvert {}", env!("CARGO_PKG_VERSION"));

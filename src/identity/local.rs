@@ -1,5 +1,7 @@
 //! A CA in this process, for the lab and for a single machine without a control plane.
 
+mod serving;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use super::local_files::{self, CA_CERT, CERT_CHAIN, Files, wrong};
 use super::tls::Shape;
 use crate::lifecycle::Clock;
 use crate::model::SpiffeId;
+pub use serving::ServerCertificate;
 
 /// How long before now a certificate begins, so that peers with a slow clock accept it. Shorter for short-lived ones.
 pub(super) const BACKDATE: Duration = Duration::from_secs(2 * 60);

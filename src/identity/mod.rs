@@ -30,7 +30,7 @@ pub use credentials::Credentials;
 pub use error::{AnswerProblem, IdentityError, PeerError};
 pub use explain::{HandshakeFailure, explain, explain_io};
 pub use issuer::{Issued, Issuer, IssuerFuture, SigningRequest};
-pub use local::LocalIssuer;
+pub use local::{LocalIssuer, ServerCertificate};
 pub use remote::RemoteIssuer;
 pub use revocation::{Revocations, Revoked};
 pub use secrets::{TrafficSecrets, capture_secrets};

@@ -129,6 +129,21 @@ impl Snapshot {
         best(containing, client_namespace)
     }
 
+    /// Every service that an address may mean to some client: those with exactly this address, then those with a range that contains it.
+    #[must_use]
+    pub fn services_by_address(&self, network: &str, ip: IpAddr) -> Vec<Arc<Service>> {
+        let (wanted, ip) = (bits(ip), canonical(ip));
+        let exact = self.0.vips.rows(self.0.hash_address(network, wanted));
+        let exact = exact.filter(|service| service.vips.iter().any(|vip| bits(vip.ip) == wanted && vip.network == *network));
+        let mut found: Vec<Arc<Service>> = exact.cloned().collect();
+        for (_, length) in self.0.range_lengths.keys().filter(|(v6, _)| *v6 == ip.is_ipv6()) {
+            let Ok(prefix) = IpNet::new(ip, *length).map(|prefix| prefix.trunc()) else { continue };
+            let rows = self.0.ranges.rows(self.0.hash_prefix(network, prefix));
+            found.extend(rows.filter(|service| service.cidr_vips.iter().any(|(on, range)| *range == prefix && *on == *network)).cloned());
+        }
+        found
+    }
+
     /// The best service of a host name for a client namespace, by the rules of [`Snapshot::service_by_address`].
     #[must_use]
     pub fn service_by_hostname(&self, hostname: &str, client_namespace: Option<&str>) -> Option<Arc<Service>> {

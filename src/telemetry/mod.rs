@@ -59,6 +59,8 @@ pub enum TelemetryError {
 pub struct TelemetryConfig {
     /// `tag` of `istio_build`: the mesh version (ISTIO_META_ISTIO_VERSION), "unknown" when not told.
     pub tag: String,
+    /// `component` of `istio_build`. Default `ztunnel`: dashboards and Istio's own tooling look for this name.
+    pub component: &'static str,
     /// Most lines of the five traffic families; further label sets are counted in one series whose labels say `overflow`.
     /// Default 10,000 (reference, craft-and-trust A13).
     pub series_budget: usize,
@@ -70,7 +72,7 @@ pub struct TelemetryConfig {
 
 impl Default for TelemetryConfig {
     fn default() -> Self {
-        Self { tag: "unknown".into(), series_budget: 10_000, page_budget: 16 * 1024 * 1024 }
+        Self { tag: "unknown".into(), component: "ztunnel", series_budget: 10_000, page_budget: 16 * 1024 * 1024 }
     }
 }
 
@@ -104,8 +106,7 @@ impl Telemetry {
     pub fn new(config: TelemetryConfig) -> Self {
         let mut registry = Registry::default();
         let build = Family::<BuildLabels, Gauge>::default();
-        // Dashboards and Istio's own tooling look for this component name.
-        build.get_or_create(&BuildLabels { component: "ztunnel", tag: config.tag.clone() }).set(1);
+        build.get_or_create(&BuildLabels { component: config.component, tag: config.tag.clone() }).set(1);
         registry.register("istio_build", "Component build information", build);
         let sockets = Family::<ReporterLabel, Gauge>::default();
         registry.register("istio_tcp_sockets_open", "Accepted TCP sockets that are open now (unstable)", sockets.clone());
