@@ -3,6 +3,10 @@
 set -euo pipefail
 
 program="${0##*/}"
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  printf '%s: bash %s is too old, 4.4 is needed\n' "$program" "$BASH_VERSION" >&2
+  exit 1
+fi
 # `print` only prints commands; `server` (swap.sh) asks, and lets the API server check what it would change.
 dry_run=""
 # What a function prints into $(…) must not hide what it shows to the user.
