@@ -3,6 +3,8 @@
 
 #[path = "deploy/bench.rs"]
 mod bench;
+#[path = "deploy/container.rs"]
+mod container;
 #[path = "deploy/demo.rs"]
 mod demo;
 #[path = "deploy/image.rs"]

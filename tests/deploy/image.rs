@@ -5,9 +5,9 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use culvert::sys::netns::NetNs;
 use serde_json::{Value, json};
 
+use super::rights::namespace;
 use super::{deploy, has, printed, run, skipped};
 
 /// Where a static binary is; how to make one is in `.ci/run`.
@@ -19,13 +19,24 @@ fn static_binary() -> Option<PathBuf> {
     found
 }
 
+/// The static binary, where an image can be built from it and run.
+pub(super) fn prepared() -> Option<PathBuf> {
+    // An image holds files of root.
+    if !nix::unistd::geteuid().is_root() {
+        skipped("building an image here needs root");
+        return None;
+    }
+    let binary = static_binary()?;
+    ["buildah", "readelf", "tar", "ip"].into_iter().all(has).then_some(binary)
+}
+
 /// A place for images that is gone with the test.
-struct Images {
+pub(super) struct Images {
     folder: tempfile::TempDir,
 }
 
 impl Images {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().display();
         let storage = format!("[storage]\ndriver = \"vfs\"\ngraphroot = \"{place}/images\"\nrunroot = \"{place}/run\"\n");
@@ -33,14 +44,19 @@ impl Images {
         Self { folder }
     }
 
-    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    pub(super) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         command.env("CONTAINERS_STORAGE_CONF", self.folder.path().join("storage.conf")).env("BUILDAH_ISOLATION", "chroot");
         command
     }
 
+    /// A folder that is gone with it.
+    pub(super) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Builds the image and returns the folder of its archive, unpacked.
-    fn build(&self, binary: &Path, name: &str) -> PathBuf {
+    pub(super) fn build(&self, binary: &Path, name: &str) -> PathBuf {
         let archive = self.folder.path().join(format!("{name}.tar"));
         let mut build = self.command(deploy("image/build.sh"));
         printed(build.args(["--tool", "buildah", "--tag", "culvert:dev", "--binary"]).arg(binary).arg("--output").arg(&archive));
@@ -57,14 +73,7 @@ fn read(path: impl AsRef<Path>) -> Value {
 
 #[test]
 fn the_image_is_one_static_file_which_finds_names_in_files_and_in_dns() {
-    // Root, because an image holds files of root.
-    if !nix::unistd::geteuid().is_root() {
-        return skipped("building an image here needs root");
-    }
-    let Some(binary) = static_binary() else { return };
-    if !["buildah", "readelf", "tar", "ip"].into_iter().all(has) {
-        return;
-    }
+    let Some(binary) = prepared() else { return };
     let images = Images::new();
     let archive = images.build(&binary, "first");
     let manifest = read(archive.join("manifest.json"));
@@ -95,8 +104,7 @@ fn the_program_runs_and_finds_names(images: &Images) {
     let container = printed(from.arg("culvert:dev")).trim().to_owned();
     assert!(printed(images.command("buildah").args(["run", &container, "/culvert", "version"])).starts_with("culvert "));
 
-    let netns = NetNs::create().unwrap();
-    netns.run(|| printed(Command::new("ip").args(["link", "set", "lo", "up"]))).unwrap();
+    let netns = namespace();
     let dns = netns.run(|| UdpSocket::bind("127.0.0.1:53")).unwrap().unwrap();
     std::thread::spawn(move || answer(&dns));
     let mut server =
@@ -123,16 +131,16 @@ fn the_program_runs_and_finds_names(images: &Images) {
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("Name or service not known"), "{unknown:?}");
 }
 
-/// Answers DNS: web.default.svc.cluster.local is 127.0.0.1, nothing else exists.
-fn answer(socket: &UdpSocket) {
-    const NAME: &[u8] = b"\x03web\x07default\x03svc\x07cluster\x05local\0";
+/// Answers DNS: web.default.svc.cluster.local and istiod.istio-system.svc.cluster.local are 127.0.0.1, nothing else exists.
+pub(super) fn answer(socket: &UdpSocket) {
+    const NAMES: [&[u8]; 2] = [b"\x03web\x07default\x03svc\x07cluster\x05local\0", b"\x06istiod\x0cistio-system\x03svc\x07cluster\x05local\0"];
     let mut query = [0; 512];
     while let Ok((length, client)) = socket.recv_from(&mut query) {
         let question = &query[12..length];
         // The name, two bytes of type, two of class.
         let end = question.iter().position(|byte| *byte == 0).unwrap() + 5;
-        let is_ours = question.starts_with(NAME);
-        let answers = u8::from(is_ours && question[NAME.len()..].starts_with(&[0, 1]));
+        let is_ours = NAMES.iter().any(|name| question.starts_with(name));
+        let answers = u8::from(is_ours && question[end - 4..].starts_with(&[0, 1]));
         let mut reply = vec![query[0], query[1], 0x81, if is_ours { 0x80 } else { 0x83 }, 0, 1, 0, answers, 0, 0, 0, 0];
         reply.extend_from_slice(&question[..end]);
         if answers == 1 {

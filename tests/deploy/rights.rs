@@ -26,16 +26,22 @@ impl Drop for Proxy {
 }
 
 /// The answer of a page in a namespace.
-fn get(netns: &NetNs, port: u16, path: &str) -> std::io::Result<String> {
+pub(super) fn get(netns: &NetNs, port: u16, path: &str) -> std::io::Result<String> {
+    ask(netns, port, "GET", path)
+}
+
+/// The same for another method.
+pub(super) fn ask(netns: &NetNs, port: u16, method: &str, path: &str) -> std::io::Result<String> {
     let mut stream = netns.run(|| TcpStream::connect(("127.0.0.1", port)))??;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
 }
 
-fn namespace() -> NetNs {
+/// A namespace with a loopback.
+pub(super) fn namespace() -> NetNs {
     let netns = NetNs::create().unwrap();
     netns.run(|| printed(Command::new("ip").args(["link", "set", "lo", "up"]))).unwrap();
     netns
