@@ -534,14 +534,14 @@ fn nothing_is_left_of_a_lab_that_ended() {
 }
 
 /// A proxy without a lab, in a namespace of its own.
-struct Bare {
+pub(crate) struct Bare {
     child: Child,
     netns: NetNs,
     directory: tempfile::TempDir,
 }
 
 /// A fresh network namespace whose loopback is up.
-fn lonely() -> NetNs {
+pub(crate) fn lonely() -> NetNs {
     let netns = NetNs::create().unwrap();
     netns.run(|| Links::open().unwrap().set_up("lo").unwrap()).unwrap();
     netns
@@ -549,7 +549,7 @@ fn lonely() -> NetNs {
 
 impl Bare {
     /// Starts it with settings that would work, over which go the given ones. Its pods are told at `zds` in its directory.
-    fn start(netns: NetNs, env: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(netns: NetNs, env: &[(&str, &str)]) -> Self {
         let directory = tempfile::Builder::new().prefix("cv").tempdir_in("/tmp").unwrap();
         let ca = directory.path().join("ca");
         LocalIssuer::create(&ca, &Clock::system()).unwrap();
@@ -565,7 +565,7 @@ impl Bare {
         Self { child, netns, directory }
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
@@ -589,7 +589,7 @@ impl Bare {
         errors[0].to_owned()
     }
 
-    fn page(&self, port: u16, head: &str) -> io::Result<(u16, String)> {
+    pub(crate) fn page(&self, port: u16, head: &str) -> io::Result<(u16, String)> {
         let mut socket = self.netns.run(|| TcpStream::connect(("127.0.0.1", port))).unwrap()?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.write_all(format!("{head} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").as_bytes())?;
@@ -611,10 +611,14 @@ impl Bare {
         );
     }
 
-    fn workload_state(&self) -> Value {
-        let (_, page) = self.page(15000, "GET /config_dump").unwrap();
+    pub(crate) fn config_dump(&self) -> io::Result<Value> {
+        let (_, page) = self.page(15000, "GET /config_dump")?;
         let body = &page[page.find('{').unwrap()..=page.rfind('}').unwrap()];
-        serde_json::from_str::<Value>(body).unwrap()["workloadState"].clone()
+        Ok(serde_json::from_str(body).unwrap())
+    }
+
+    fn workload_state(&self) -> Value {
+        self.config_dump().unwrap()["workloadState"].clone()
     }
 }
 

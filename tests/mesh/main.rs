@@ -3,6 +3,9 @@
 
 #[path = "../support/bulk.rs"]
 mod bulk;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
+#[path = "../support/ca_server.rs"]
+mod ca_server;
 #[path = "../support/caller.rs"]
 mod caller;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
@@ -16,6 +19,7 @@ mod pki;
 
 mod abuse;
 mod balancing;
+mod ca;
 mod calls;
 mod gateway;
 mod lifecycle;

@@ -88,6 +88,8 @@ pub struct Desk {
     pub asked: Mutex<Vec<Asked>>,
     pub busy: AtomicUsize,
     pub busiest: AtomicUsize,
+    /// Sockets that were accepted, and those of them that finished TLS.
+    pub sockets: AtomicUsize,
     pub connections: AtomicUsize,
     tls: Mutex<Arc<ServerConfig>>,
     close: watch::Sender<()>,
@@ -144,6 +146,7 @@ impl CaServer {
             asked: Mutex::default(),
             busy: AtomicUsize::new(0),
             busiest: AtomicUsize::new(0),
+            sockets: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             tls: Mutex::new(tls),
             close: watch::Sender::new(()),
@@ -179,6 +182,7 @@ async fn serve(listener: TcpListener, desk: Arc<Desk>) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let (socket, _) = listener.accept().await.unwrap();
+        desk.sockets.fetch_add(1, Ordering::SeqCst);
         let desk = desk.clone();
         connections.spawn(async move {
             let tls = desk.tls.lock().unwrap().clone();

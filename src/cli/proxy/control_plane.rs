@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::grpc::{self, RootSource, Token};
 
@@ -23,7 +24,7 @@ pub(super) enum CaSource {
 pub(super) struct CaArgs {
     /// Directory with ca-cert.pem, ca-key.pem, root-cert.pem and cert-chain.pem; certificates are signed in process instead of by CA_ADDRESS. For
     /// the lab and for a single machine.
-    #[arg(long, env = "LOCAL_CA_DIR")]
+    #[arg(long, env = "LOCAL_CA_DIR", value_parser = path())]
     pub(super) local_ca_dir: Option<PathBuf>,
     /// The CA, as https://host:port. Default istiod.istio-system.svc:15012 within Kubernetes, localhost:15012 elsewhere.
     #[arg(long, env = "CA_ADDRESS")]
@@ -39,14 +40,19 @@ pub(super) struct CaArgs {
     #[arg(long, env = "AUTH_TOKEN", hide_env_values = true)]
     pub(super) auth_token: Option<String>,
     /// Revocation lists (PEM, or one in DER); certificates on them are refused and live tunnels with them cut. Read again when it changes.
-    #[arg(long, env = "CRL_PATH")]
+    #[arg(long, env = "CRL_PATH", value_parser = path())]
     pub(super) crl_path: Option<PathBuf>,
+}
+
+/// A path, or nothing: an empty variable is how charts say that there is none.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 impl CaArgs {
     /// Checks what the types cannot.
     pub(super) fn source(&self, cluster_id: &str, post_quantum_only: bool) -> anyhow::Result<CaSource> {
-        if let Some(directory) = &self.local_ca_dir {
+        if let Some(directory) = self.local_ca_dir.as_ref().filter(|directory| !directory.as_os_str().is_empty()) {
             return Ok(CaSource::Local(directory.clone()));
         }
         let address = match self.ca_address.as_deref().map(str::trim) {
@@ -121,6 +127,7 @@ mod tests {
 
     #[test]
     fn without_a_local_ca_certificates_come_from_a_server() {
+        assert!(matches!(source(&["--local-ca-dir", "", "--crl-path", ""]).unwrap(), CaSource::Remote(_)), "empty is absent");
         assert!(matches!(source(&["--local-ca-dir", "/ca"]).unwrap(), CaSource::Local(directory) if directory == Path::new("/ca")));
         let CaSource::Remote(config) = source(&["--ca-address", "ca.example:443", "--alt-ca-hostname", "istiod.other.svc"]).unwrap() else {
             unreachable!("a remote CA")
