@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use culvert::lab::{Base, Lab, Launch, Place};
+use culvert::lab::{Base, Lab, Launch, Place, Wiring};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_culvert");
 const MESH: &str = include_str!("../deploy/lab/two-nodes.yaml");
@@ -39,7 +39,8 @@ impl Home {
     }
 
     fn launch(&self, name: &str, definition: &str) -> Launch {
-        Launch { program: PROGRAM.into(), base: Base::new(self.path()), name: name.to_owned(), definition: definition.to_owned(), leashed: true }
+        let (name, definition) = (name.to_owned(), definition.to_owned());
+        Launch { program: PROGRAM.into(), base: Base::new(self.path()), name, definition, leashed: true, wiring: Wiring::Control }
     }
 
     fn culvert(&self, arguments: &[&str]) -> Output {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args as ClapArgs, Subcommand};
 
-use crate::lab::{self, Base, FABRIC, Lab, LabState, Launch, Place, Status, programs, wire_look};
+use crate::lab::{self, Base, FABRIC, Lab, LabState, Launch, Place, Status, Wiring, programs, wire_look};
 
 /// A mesh in a box. As root, or as any user where the kernel allows user namespaces; the machine's own network is never touched.
 #[derive(Debug, ClapArgs)]
@@ -38,6 +38,9 @@ enum Command {
         /// Stays, and ends the mesh on Ctrl-C.
         #[arg(long)]
         foreground: bool,
+        /// No control plane: each proxy reads the mesh file and the CA's directory itself.
+        #[arg(long = "static")]
+        files: bool,
     },
     /// Makes a running mesh become what a file says: policies, services, labels and health change in place; pods come and go.
     Apply {
@@ -68,9 +71,9 @@ enum Command {
         #[command(flatten)]
         which: Which,
     },
-    /// Prints the log of a node's proxy or of a pod's command (the lab's name: of the lab itself).
+    /// Prints the log of a node's proxy, of a pod's command or of the control plane (the lab's name: of the lab itself).
     Logs {
-        /// Node, pod (NAME or NAMESPACE/NAME), or lab.
+        /// Node, pod (NAME or NAMESPACE/NAME), `control`, or lab.
         of: String,
         #[command(flatten)]
         which: Which,
@@ -79,6 +82,11 @@ enum Command {
     RestartProxy {
         /// The node.
         node: String,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Ends the control plane and starts a new one; the proxies go on with what they know.
+    RestartControl {
         #[command(flatten)]
         which: Which,
     },
@@ -104,6 +112,8 @@ enum Command {
         name: String,
         #[arg(long)]
         leash: bool,
+        #[arg(long = "static")]
+        files: bool,
     },
     /// Serves HTTP on a port.
     #[command(hide = true)]
@@ -181,7 +191,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--demo takes no command");
     }
     match command {
-        Command::Up { file, name, foreground } => up(Launch { program, base, name, definition: read(&file)?, leashed: foreground }),
+        Command::Up { file, name, foreground, files } => {
+            up(Launch { program, base, name, definition: read(&file)?, leashed: foreground, wiring: wiring(files) })
+        }
         Command::Apply { file, which } => {
             find(&which)?.apply(&read(&file)?).with_context(|| file.display().to_string())?;
             Ok(ExitCode::SUCCESS)
@@ -214,6 +226,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             find(&which)?.restart_proxy(&node)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::RestartControl { which } => {
+            find(&which)?.restart_control()?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Down { which, all } => down(&base, which.name, all),
         Command::List => {
             for name in base.names() {
@@ -226,7 +242,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Supervise { name, leash } => Ok(exit_code(lab::supervise(&base, &name, program, leash))),
+        Command::Supervise { name, leash, files } => Ok(exit_code(lab::supervise(&base, &name, program, leash, wiring(files)))),
         Command::Bench(args) => {
             watch_interrupts()?;
             bench::run(&args, &program, &base, &|| INTERRUPTED.load(Ordering::Relaxed))
@@ -234,6 +250,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::SuperviseBench { name } => Ok(exit_code(lab::bench::supervise(&base, &name, program))),
         small => small_program(small),
     }
+}
+
+fn wiring(files: bool) -> Wiring {
+    if files { Wiring::Files } else { Wiring::Control }
 }
 
 fn small_program(command: Command) -> anyhow::Result<ExitCode> {
@@ -307,6 +327,9 @@ fn down(base: &Base, name: Option<String>, all: bool) -> anyhow::Result<ExitCode
 fn print_status(status: &Status) {
     let list = |addresses: &[std::net::IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     println!("lab {}, files in {}, congestion control {}", status.name, status.directory.display(), status.congestion_control);
+    if let Some(control) = &status.control {
+        println!("control plane {} at {}", control.state, control.address);
+    }
     println!("\n{:20} {:20} ADDRESSES", "NODE", "PROXY");
     for node in &status.nodes {
         println!("{:20} {:20} {}", node.name, node.proxy.state, list(&node.addresses));

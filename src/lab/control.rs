@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,6 +25,8 @@ pub(super) enum Request {
     Apply(String),
     /// End the proxy of this node (SIGTERM) and start a new one when it is gone.
     RestartProxy(String),
+    /// End the control plane (SIGTERM) and start a new one when it is gone.
+    RestartControl,
 }
 
 /// The answer: a line of JSON.
@@ -54,6 +56,9 @@ pub struct Status {
     pub supervisor: i32,
     /// The namespace between the nodes.
     pub fabric: Netns,
+    /// The control plane; none if the proxies read files.
+    #[serde(default)]
+    pub control: Option<ControlPlaneStatus>,
     /// The nodes.
     pub nodes: Vec<NodeStatus>,
     /// The pods.
@@ -71,6 +76,25 @@ pub struct Netns {
     /// The same as a path on this machine, `/proc/SUPERVISOR/fd/N`.
     #[serde(default)]
     pub path: PathBuf,
+}
+
+/// A control plane. Its readiness (15021) and metrics (15014) ports are in its namespace.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ControlPlaneStatus {
+    /// Process id inside the lab.
+    pub pid: i32,
+    /// Process id as this machine sees it (0: it has ended).
+    #[serde(default)]
+    pub host_pid: i32,
+    /// `running`, `exited with 1`, `killed by 9`.
+    pub state: String,
+    /// Where it serves xDS and certificates, on the fabric.
+    pub address: SocketAddr,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// Its log.
+    pub log: PathBuf,
 }
 
 /// A node.
@@ -188,6 +212,10 @@ impl Status {
         let place = |netns: &mut Netns| netns.path = PathBuf::from(format!("/proc/{supervisor}/fd/{}", netns.descriptor));
         let outside = |pid: i32| ids.get(&pid).copied().unwrap_or(0);
         place(&mut self.fabric);
+        if let Some(control) = &mut self.control {
+            place(&mut control.netns);
+            control.host_pid = outside(control.pid);
+        }
         for node in &mut self.nodes {
             place(&mut node.netns);
             node.proxy.host_pid = outside(node.proxy.pid);

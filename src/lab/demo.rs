@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
-use super::handle::{Lab, Launch, Place};
+use super::handle::{Lab, Launch, Place, Wiring};
 use super::wire_look::Seen;
 use super::{Base, Error};
 
@@ -47,12 +47,12 @@ pub fn run(program: PathBuf, base: Base, name: String, interrupted: &dyn Fn() ->
     let mut demo = Demo { steps: Vec::new(), print: |line| println!("{line}") };
     (demo.print)(&format!("{:34} {:7} {:>8}  what was seen", "step", "", "ms"));
     let began = Instant::now();
-    let launch = Launch { program, base: base.clone(), name: name.clone(), definition: MESH.to_owned(), leashed: true };
+    let launch = Launch { program, base: base.clone(), name: name.clone(), definition: MESH.to_owned(), leashed: true, wiring: Wiring::Control };
     let lab = Lab::start(launch)?;
     demo.note("a mesh of 2 nodes and 6 pods", began, || {
         let status = lab.status().map_err(|error| error.to_string())?;
         let captured = status.pods.iter().filter(|pod| pod.captured).count();
-        Ok(format!("{} proxies, {captured} pods captured, {} not", status.nodes.len(), status.pods.len() - captured))
+        Ok(format!("a control plane, {} proxies, {captured} pods captured, {} not", status.nodes.len(), status.pods.len() - captured))
     });
     // The look begins before the first connection, so that every tunnel is seen from its first byte.
     let look = Look::begin(&lab).map_err(Error::failed("cannot look at the wire"))?;

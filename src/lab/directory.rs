@@ -91,7 +91,7 @@ impl Base {
         }
         let mut builder = fs::DirBuilder::new();
         builder.mode(0o700);
-        for path in [directory.0.clone(), directory.zds(), directory.mesh(), directory.logs(), directory.pods()] {
+        for path in [directory.0.clone(), directory.zds(), directory.mesh(), directory.logs(), directory.pods(), directory.tokens()] {
             builder.create(&path).map_err(Error::failed(format!("cannot create {}", path.display())))?;
         }
         Ok(directory)
@@ -141,12 +141,21 @@ impl Directory {
         self.0.join("ca")
     }
 
+    /// What the proxies prove to the control plane who they are with. Nobody else may enter the lab's directory.
+    pub(super) fn tokens(&self) -> PathBuf {
+        self.0.join("tokens")
+    }
+
     pub(super) fn logs(&self) -> PathBuf {
         self.0.join("logs")
     }
 
     pub(super) fn supervisor_log(&self) -> PathBuf {
         self.logs().join("lab.log")
+    }
+
+    pub(super) fn control_plane_log(&self) -> PathBuf {
+        self.logs().join("control.log")
     }
 
     pub(super) fn proxy_log(&self, node: &str) -> PathBuf {

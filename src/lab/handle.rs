@@ -31,6 +31,18 @@ pub struct Launch {
     pub definition: String,
     /// It ends when the [`Lab`] is dropped, or when this process ends.
     pub leashed: bool,
+    /// From where its proxies learn everything.
+    pub wiring: Wiring,
+}
+
+/// From where the proxies of a lab learn of the mesh and get their certificates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Wiring {
+    /// From a control plane in the lab, over the wire, as in a cluster.
+    #[default]
+    Control,
+    /// From the mesh file and the CA's directory, each for itself: one program less, and changes arrive a little sooner.
+    Files,
 }
 
 /// A running lab.
@@ -61,11 +73,11 @@ impl Lab {
     /// When the file is wrong, the machine does not allow it, or something in the lab does not start; nothing is left of it then.
     pub fn start(launch: Launch) -> Result<Self, Error> {
         Definition::parse(&launch.definition)?;
-        let Launch { program, base, name, definition, leashed } = launch;
+        let Launch { program, base, name, definition, leashed, wiring } = launch;
         let lock = base.lock()?;
         let directory = base.create(&name)?;
         let mut lab = Self { program, base, name, launcher: None };
-        let outcome = lab.start_in(&directory, &definition, leashed);
+        let outcome = lab.start_in(&directory, &definition, (leashed, wiring));
         if outcome.is_err() {
             lab.end(&directory)?;
         }
@@ -126,6 +138,14 @@ impl Lab {
         ask(&self.directory().control_socket(), &Request::RestartProxy(node.to_owned()))
     }
 
+    /// Ends the control plane and starts another one.
+    ///
+    /// # Errors
+    /// When there is none, or the new one does not become ready.
+    pub fn restart_control(&self) -> Result<Status, Error> {
+        ask(&self.directory().control_socket(), &Request::RestartControl)
+    }
+
     /// A command that runs in a place of the lab, with this process's standard streams unless they are changed. It needs no privilege here.
     #[must_use]
     pub fn command(&self, place: Place<'_>, arguments: &[&str]) -> Command {
@@ -158,7 +178,7 @@ impl Lab {
         NetNs::open(&path).map_err(Error::failed(format!("cannot open {}", path.display())))
     }
 
-    /// The log of a node's proxy, of a pod's command, or of the lab itself (the lab's name).
+    /// The log of a node's proxy, of a pod's command, of the control plane (`control`), or of the lab itself (the lab's name).
     ///
     /// # Errors
     /// When there is none of this name.
@@ -167,6 +187,9 @@ impl Lab {
             return Ok(self.directory().supervisor_log());
         }
         let status = self.status()?;
+        if let (super::control_plane::NAME, Some(control)) = (of, &status.control) {
+            return Ok(control.log.clone());
+        }
         match status.node(of) {
             Ok(node) => Ok(node.proxy.log.clone()),
             Err(_) => status.pod(of).map(|pod| pod.log.clone()),
@@ -201,12 +224,12 @@ impl Lab {
         self.base.lab(&self.name)
     }
 
-    fn start_in(&mut self, directory: &Directory, definition: &str, leashed: bool) -> Result<(), Error> {
+    fn start_in(&mut self, directory: &Directory, definition: &str, (leashed, wiring): (bool, Wiring)) -> Result<(), Error> {
         let failed = || Error::failed::<io::Error>("cannot start the lab");
         fs::write(directory.definition(), definition).map_err(failed())?;
         let mut command = Command::new(&self.program);
         command.args(["lab", "supervise", "--name", &self.name]).arg("--run-dir").arg(self.base.path()).current_dir("/");
-        command.args(leashed.then_some("--leash"));
+        command.args(leashed.then_some("--leash")).args((wiring == Wiring::Files).then_some("--static"));
         let log = File::create(directory.supervisor_log()).map_err(failed())?;
         // Away from the terminal from the first moment on: Ctrl-C is for us, and we end the lab in good order.
         let mut child = command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn().map_err(failed())?;

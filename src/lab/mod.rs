@@ -4,12 +4,14 @@
 //!
 //! Who runs what: `culvert lab up` starts `culvert lab supervise`, which leaves the shared namespaces (see [`launch`]) and becomes the
 //! first process of its own process namespace plus one child, the `supervisor`. The supervisor holds every network namespace by a
-//! descriptor only, builds the links (`topology`), starts proxies and pod commands, and answers on a socket ([`control`]). When the
+//! descriptor only, builds the links (`topology`), starts a control plane (`control_plane`), proxies and pod commands, and answers on a socket
+//! ([`control`]). When the
 //! first process ends, for whatever reason, the kernel kills all the others, and with the descriptors the namespaces are gone.
 
 pub mod bench;
 mod certificates;
 pub mod control;
+mod control_plane;
 pub mod definition;
 pub mod demo;
 mod directory;
@@ -31,7 +33,7 @@ pub mod wire_look;
 pub use control::Status;
 pub use definition::Definition;
 pub use directory::{Base, LabState};
-pub use handle::{Lab, Launch, Place, enter_and_run};
+pub use handle::{Lab, Launch, Place, Wiring, enter_and_run};
 pub use supervisor::supervise;
 
 /// The name of the namespace between the nodes, where a look at the wire is taken.

@@ -41,6 +41,11 @@ pub(super) fn fabric(number: u8) -> Addresses {
     Addresses { v4: Ipv4Addr::new(10, 243, 0, number), v6: Ipv6Addr::new(0xfd00, 0x10, 0x243, 0, 0, 0, 0, number.into()) }
 }
 
+/// The control plane's address on the fabric; nodes have at most 250.
+pub(super) fn control_plane_address() -> Addresses {
+    fabric(254)
+}
+
 /// Address `host` of the pods' subnet of a node; 1 is the node itself.
 pub(super) fn on_node(number: u8, host: u8) -> Addresses {
     Addresses { v4: Ipv4Addr::new(10, 244, number, host), v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, number.into(), 0, 0, 0, host.into()) }

@@ -23,39 +23,35 @@ const READY_WITHIN: Duration = Duration::from_secs(20);
 pub(super) struct Proxy<'a> {
     /// This program.
     pub(super) program: &'a Path,
-    /// The lab's files.
-    pub(super) directory: &'a Directory,
     /// Where it runs.
     pub(super) netns: &'a NetNs,
     /// Its log.
     pub(super) log: PathBuf,
-    /// What is its own.
+    /// Its whole environment.
     pub(super) env: BTreeMap<String, String>,
 }
 
 impl Proxy<'_> {
     /// Starts it. It is not ready yet.
     pub(super) fn start(self) -> Result<Task, Error> {
-        let mut env = shared_env(self.directory);
-        env.extend(self.env);
         let arguments = vec![self.program.display().to_string(), "proxy".to_owned()];
-        Task::start(Program { arguments, env, netns: self.netns.clone(), mounts: None, log: self.log })
+        Task::start(Program { arguments, env: self.env, netns: self.netns.clone(), mounts: None, log: self.log })
     }
 }
 
-/// What every proxy of a lab has in its environment.
+/// What a proxy has in its environment that learns everything from files.
 pub(super) fn shared_env(directory: &Directory) -> BTreeMap<String, String> {
     let path = |path: PathBuf| path.display().to_string();
-    let shared = [
-        ("LOCAL_XDS_PATH", path(directory.mesh_file())),
-        ("LOCAL_CA_DIR", path(directory.ca())),
-        ("RUST_LOG", "info".to_owned()),
-        ("RUST_BACKTRACE", "1".to_owned()),
-    ];
-    shared.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    let shared = [("LOCAL_XDS_PATH", path(directory.mesh_file())), ("LOCAL_CA_DIR", path(directory.ca()))];
+    shared.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(log_env()).collect()
 }
 
-/// Waits until a proxy says that it is ready.
+/// What every proxy has in its environment.
+pub(super) fn log_env() -> BTreeMap<String, String> {
+    [("RUST_LOG", "info"), ("RUST_BACKTRACE", "1")].map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+}
+
+/// Waits until a proxy, or whatever has its readiness page, says that it is ready.
 pub(super) async fn wait_until_ready(whose: &str, task: &Task, netns: &NetNs, log: &Path) -> Result<(), Error> {
     let deadline = Instant::now() + READY_WITHIN;
     let mut answer = "no answer".to_owned();
@@ -66,13 +62,10 @@ pub(super) async fn wait_until_ready(whose: &str, task: &Task, netns: &NetNs, lo
             Err(_) => {}
         }
         if task.ended().is_some() {
-            return Err(Error::Failed { what: format!("the proxy of {whose} {}", task.state()), cause: last_lines(log) });
+            return Err(Error::Failed { what: format!("{whose} {}", task.state()), cause: last_lines(log) });
         }
         if Instant::now() > deadline {
-            return Err(Error::Failed {
-                what: format!("the proxy of {whose} is not ready within {READY_WITHIN:?} ({answer})"),
-                cause: last_lines(log),
-            });
+            return Err(Error::Failed { what: format!("{whose} is not ready within {READY_WITHIN:?} ({answer})"), cause: last_lines(log) });
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

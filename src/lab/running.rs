@@ -7,14 +7,15 @@ use futures_util::future::join_all;
 
 use super::Error;
 use super::control::{NodeStatus, ServiceStatus, Status};
+use super::control_plane::ControlPlane;
 use super::definition::{Definition, Node, Pod};
 use super::directory::{Directory, write_atomically};
 use super::plan::{Plan, fabric, hostname, pod_key};
 use super::pod::{RunningPod, place};
-use super::proxies::{Proxy, status, wait_until_ready};
+use super::proxies::{Proxy, log_env, shared_env, status, wait_until_ready};
 use super::tasks::Task;
 use super::topology::Topology;
-use super::{certificates, mesh, mesh::uid};
+use super::{Wiring, certificates, control_plane, mesh, mesh::uid};
 use crate::identity::LocalIssuer;
 use crate::lifecycle::Clock;
 use crate::node::rules::{self, RulesConfig};
@@ -29,6 +30,8 @@ pub(super) struct Running {
     definition: Definition,
     plan: Plan,
     topology: Topology,
+    /// Absent if the proxies read files.
+    control: Option<ControlPlane>,
     nodes: BTreeMap<String, RunningNode>,
     pods: BTreeMap<String, RunningPod>,
 }
@@ -42,20 +45,25 @@ struct RunningNode {
 
 impl Running {
     /// Builds everything the definition asks for and starts it.
-    pub(super) async fn start(name: &str, program: PathBuf, directory: Directory, definition: Definition) -> Result<Self, Error> {
+    pub(super) async fn start(name: &str, program: PathBuf, directory: Directory, definition: Definition, wiring: Wiring) -> Result<Self, Error> {
         let mut plan = Plan::default();
         plan.assign(&definition)?;
         let topology = Topology::build(&definition, &plan)?;
         LocalIssuer::create(&directory.ca(), &Clock::system()).map_err(Error::failed("cannot make the lab's CA"))?;
         let name = name.to_owned();
-        let mut running = Self { name, program, directory, definition, plan, topology, nodes: BTreeMap::new(), pods: BTreeMap::new() };
+        let (nodes, pods) = (BTreeMap::new(), BTreeMap::new());
+        let mut running = Self { name, program, directory, definition, plan, topology, control: None, nodes, pods };
         running.write_mesh()?;
+        if wiring == Wiring::Control {
+            let netns = running.topology.add_control_plane()?;
+            running.control = Some(ControlPlane::start(&running.program, &running.directory, &running.definition, netns).await?);
+        }
         for node in running.definition.nodes.clone() {
             running.start_node(&node)?;
         }
         for (name, node) in &running.nodes {
             let netns = running.netns_of(name)?;
-            wait_until_ready(&format!("node {name}"), &node.proxy, netns, &running.directory.proxy_log(name)).await?;
+            wait_until_ready(&format!("the proxy of node {name}"), &node.proxy, netns, &running.directory.proxy_log(name)).await?;
         }
         running.add_missing_pods().await?;
         Ok(running)
@@ -94,18 +102,27 @@ impl Running {
         let socket = self.nodes.get(name).ok_or_else(no_node)?.socket.clone();
         let proxy = self.start_proxy(&definition, &socket)?;
         let netns = self.netns_of(name)?.clone();
-        wait_until_ready(&format!("node {name}"), &proxy, &netns, &self.directory.proxy_log(name)).await?;
+        wait_until_ready(&format!("the proxy of node {name}"), &proxy, &netns, &self.directory.proxy_log(name)).await?;
         if let Some(node) = self.nodes.get_mut(name) {
             node.proxy = proxy;
         }
         Ok(())
     }
 
-    /// Ends commands first, then proxies.
+    /// Ends the control plane and starts another one.
+    pub(super) async fn restart_control(&mut self) -> Result<(), Error> {
+        let control = self.control.as_mut().ok_or_else(|| Error::State("the proxies of this lab read files: it has no control plane".to_owned()))?;
+        control.restart().await
+    }
+
+    /// Ends commands first, then proxies, then the control plane.
     pub(super) async fn stop(&mut self) {
         join_all(self.pods.values_mut().map(RunningPod::stop_command)).await;
         let own = self.pods.values_mut().filter_map(|pod| pod.proxy.as_mut());
         join_all(own.chain(self.nodes.values_mut().map(|node| &mut node.proxy)).map(Task::stop)).await;
+        if let Some(control) = &mut self.control {
+            control.stop().await;
+        }
     }
 
     /// What it tells about itself.
@@ -137,6 +154,7 @@ impl Running {
             congestion_control: self.topology.congestion_control().to_owned(),
             supervisor: 0,
             fabric: place(self.topology.fabric()),
+            control: self.control.as_ref().map(ControlPlane::status),
             nodes: nodes.collect(),
             pods: pods.collect(),
             services: services.collect(),
@@ -163,11 +181,20 @@ impl Running {
 
     fn start_proxy(&self, node: &Node, socket: &std::path::Path) -> Result<Task, Error> {
         let own = [("PROXY_MODE", "shared".to_owned()), ("NODE_NAME", node.name.clone()), ("INPOD_UDS", socket.display().to_string())];
-        let mut env: BTreeMap<String, String> = own.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let mut env = self.source_env(&node.name);
+        env.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
         env.extend(self.definition.proxy_env.clone());
         env.extend(node.env.clone());
         let log = self.directory.proxy_log(&node.name);
-        Proxy { program: &self.program, directory: &self.directory, netns: self.netns_of(&node.name)?, log, env }.start()
+        Proxy { program: &self.program, netns: self.netns_of(&node.name)?, log, env }.start()
+    }
+
+    /// From where a proxy on a node learns of the mesh and gets its certificates.
+    fn source_env(&self, node: &str) -> BTreeMap<String, String> {
+        match &self.control {
+            Some(_) => control_plane::proxy_env(&self.directory, node).into_iter().chain(log_env()).collect(),
+            None => shared_env(&self.directory),
+        }
     }
 
     async fn add_missing_pods(&mut self) -> Result<(), Error> {
@@ -204,11 +231,12 @@ impl Running {
                 // Without the mark its own connections would be captured again.
                 ("PACKET_MARK", "1337".to_owned()),
             ];
-            let mut env: BTreeMap<String, String> = own.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+            let mut env = self.source_env(&pod.node);
+            env.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
             env.extend(self.definition.proxy_env.clone());
             env.extend(pod.proxy_env.clone());
-            let task = Proxy { program: &self.program, directory: &self.directory, netns: &netns, log: log.clone(), env }.start()?;
-            wait_until_ready(&format!("pod {key}"), &task, &netns, &log).await?;
+            let task = Proxy { program: &self.program, netns: &netns, log: log.clone(), env }.start()?;
+            wait_until_ready(&format!("the proxy of pod {key}"), &task, &netns, &log).await?;
             running.proxy = Some(task);
         } else if pod.captured {
             let node = self.nodes.get(&pod.node).ok_or_else(|| Error::State(format!("there is no node {}", pod.node)))?;

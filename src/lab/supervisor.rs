@@ -14,7 +14,7 @@ use super::definition::Definition;
 use super::directory::{Base, Directory};
 use super::launch::{Role, enter};
 use super::running::Running;
-use super::{Error, Status};
+use super::{Error, Status, Wiring};
 use crate::sys::process::wait_for;
 
 /// What the supervisor tells the process that started it: lines of JSON on its standard output.
@@ -31,8 +31,8 @@ pub(super) enum Progress {
 /// file in its directory with `program` as its proxies, and serves it until SIGTERM, or until standard input ends: with `leashed` ever,
 /// otherwise only before it is ready.
 /// Must be called with a single thread. Returns the exit code of the process (this function returns in three processes).
-pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool) -> i32 {
-    within(base, name, leashed, |directory| serve(name, program, directory, leashed))
+pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool, wiring: Wiring) -> i32 {
+    within(base, name, leashed, |directory| serve((name, wiring), program, directory, leashed))
 }
 
 /// Enters the namespaces of a lab and runs `work` there, on a runtime of one thread; what has to go afterwards goes. Must be called with a
@@ -74,7 +74,7 @@ pub(super) fn signalled() -> Result<impl Future<Output = ()>, Error> {
     })
 }
 
-async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
+async fn serve((name, wiring): (&str, Wiring), program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
     let signalled = signalled()?;
     tokio::pin!(signalled);
     let mut let_go = watch_leash()?;
@@ -82,7 +82,7 @@ async fn serve(name: &str, program: PathBuf, directory: Directory, leashed: bool
     let definition = Definition::parse(&text)?;
     let socket = directory.control_socket();
     let mut running = tokio::select! {
-        started = Running::start(name, program, directory, definition) => started?,
+        started = Running::start(name, program, directory, definition, wiring) => started?,
         // Half of it may run: the end of the process namespace ends that too. Until it is ready every lab is on its starter's leash.
         () = &mut signalled => return Ok(()),
         _ = &mut let_go => return Ok(()),
@@ -129,6 +129,7 @@ async fn obey(running: &mut Running, request: Request) -> Result<Status, Error> 
         Request::Status => {}
         Request::Apply(text) => running.apply(Definition::parse(&text)?).await?,
         Request::RestartProxy(node) => running.restart_proxy(&node).await?,
+        Request::RestartControl => running.restart_control().await?,
     }
     Ok(running.status())
 }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use super::Error;
 use super::definition::{Definition, Pod};
-use super::plan::{Plan, default_routes, fabric, on_node};
+use super::plan::{Plan, control_plane_address, default_routes, fabric, on_node};
 use crate::sys::link::{Links, is_no_such_link, set_sysctl, sysctl};
 use crate::sys::netns::NetNs;
 
@@ -59,6 +59,27 @@ impl Topology {
 
     pub(super) fn congestion_control(&self) -> &str {
         &self.congestion_control
+    }
+
+    /// Makes the control plane's namespace and wires it to the fabric, from where it reaches nodes and pods.
+    pub(super) fn add_control_plane(&self) -> Result<NetNs, Error> {
+        let build = || {
+            let net = Net::create()?;
+            self.fabric.links.add_veth("control", FABRIC_LINK, net.netns.as_fd())?;
+            self.fabric.links.set_bridge("control", FABRIC_LINK)?;
+            self.fabric.links.set_up("control")?;
+            net.links.set_up(FABRIC_LINK)?;
+            for address in control_plane_address().in_subnet() {
+                net.links.add_address(FABRIC_LINK, address)?;
+            }
+            for number in 1..=u8::try_from(self.nodes.len()).unwrap_or(u8::MAX) {
+                for (prefix, gateway) in on_node(number, 0).in_subnet().into_iter().zip(fabric(number).list()) {
+                    net.links.add_route(prefix, gateway)?;
+                }
+            }
+            Ok(net.netns)
+        };
+        build().map_err(Error::failed::<io::Error>("cannot build the network of the control plane"))
     }
 
     /// Makes a pod's namespace and wires it to its node. The wire goes with the namespace.

@@ -8,7 +8,7 @@ use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use culvert::lab::{Base, Lab, Launch, Place, Status};
+use culvert::lab::{Base, Lab, Launch, Place, Status, Wiring};
 use culvert::sys::netns::NetNs;
 
 /// How long anything that must happen may take on a busy machine.
@@ -22,8 +22,17 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Starts the lab that the text describes.
+    /// Starts the lab that the text describes; its proxies read files.
     pub fn up(definition: &str) -> Self {
+        Self::wired(definition, Wiring::Files)
+    }
+
+    /// The same with a control plane, from which the proxies learn everything.
+    pub fn with_control_plane(definition: &str) -> Self {
+        Self::wired(definition, Wiring::Control)
+    }
+
+    fn wired(definition: &str, wiring: Wiring) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let directory = tempfile::Builder::new().prefix("cv").tempdir_in("/tmp").unwrap();
         let lab = Lab::start(Launch {
@@ -32,6 +41,7 @@ impl Mesh {
             name: format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed)),
             definition: definition.to_owned(),
             leashed: true,
+            wiring,
         });
         let lab = lab.unwrap_or_else(|error| panic!("the lab does not start: {error}"));
         let status = lab.status().unwrap();

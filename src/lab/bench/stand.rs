@@ -262,7 +262,7 @@ impl Stand {
             let task = Task::start(Program { arguments, env, netns: node.netns.clone(), mounts: None, log: log.clone() })?;
             self.sides.push(Side { whose: whose.clone(), task, log: log.clone() });
             if let Some(side) = self.sides.last() {
-                wait_until_ready(&whose, &side.task, &node.netns, &log).await?;
+                wait_until_ready(&format!("the proxy of {whose}"), &side.task, &node.netns, &log).await?;
             }
             self.namespaces.push(node.netns);
             let told = zds.add(zds_pod(pod), netns.clone()).await;
