@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use http::Uri;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::ServerName;
 use rustls::{CertificateError, Error as TlsError};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tonic::metadata::{AsciiMetadataKey, MetadataMap, MetadataValue};
 
@@ -149,13 +150,13 @@ impl Dialer {
     }
 
     async fn reach(&self) -> Result<TcpStream, Error> {
-        let Config { address, connect_timeout, .. } = &self.config;
+        let Config { address, connect_timeout, mark, .. } = &self.config;
         let unreachable = |problem: String| Error::Unreachable { address: address.to_string(), problem };
         let found = tokio::time::timeout(*connect_timeout, tokio::net::lookup_host((address.host.as_str(), address.port))).await;
         let found = found.map_err(|_| unreachable(format!("its name was not resolved within {connect_timeout:?}")))?;
         let mut problem = "its name has no address".to_owned();
         for candidate in found.map_err(|error| unreachable(format!("its name cannot be resolved: {error}")))? {
-            match tokio::time::timeout(*connect_timeout, TcpStream::connect(candidate)).await {
+            match tokio::time::timeout(*connect_timeout, connect(candidate, *mark)).await {
                 Ok(Ok(socket)) => {
                     prepare(&socket).map_err(|error| unreachable(error.to_string()))?;
                     return Ok(socket);
@@ -183,6 +184,15 @@ impl Dialer {
             None => error.to_string(),
         }
     }
+}
+
+async fn connect(to: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
+    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(mark) = mark {
+        let refused = |error: io::Error| io::Error::new(error.kind(), format!("the mark {mark:#x} cannot be set on its socket: {error}"));
+        socket2::SockRef::from(&socket).set_mark(mark).map_err(refused)?;
+    }
+    socket.connect(to).await
 }
 
 fn prepare(socket: &TcpStream) -> io::Result<()> {

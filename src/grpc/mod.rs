@@ -36,6 +36,8 @@ pub struct Config {
     pub headers: Vec<(String, String)>,
     /// Offer only X25519MLKEM768 and TLS 1.3 (`COMPLIANCE_POLICY=pqc`). Default off.
     pub post_quantum_only: bool,
+    /// `SO_MARK` of its sockets (needs CAP_NET_ADMIN). Default none. A proxy within a captured pod would catch its own calls without it.
+    pub mark: Option<u32>,
     /// How long TCP may take for one address, and TLS and HTTP/2 together. Default 5 s.
     pub connect_timeout: Duration,
     /// While a call is under way: a PING is sent after this much silence. Default 18 s: the reference's control plane calls more than one in 15 s
@@ -56,6 +58,7 @@ impl Config {
             token: None,
             headers: Vec::new(),
             post_quantum_only: false,
+            mark: None,
             connect_timeout: Duration::from_secs(5),
             ping_interval: Duration::from_secs(18),
             ping_timeout: Duration::from_secs(10),

@@ -7,16 +7,17 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Error;
 use super::control::ControlPlaneStatus;
-use super::definition::Definition;
+use super::definition::{Definition, Pod};
 use super::directory::{Directory, write_atomically};
-use super::plan::control_plane_address;
+use super::plan::{control_plane_address, pod_key};
 use super::pod::place;
 use super::proxies::wait_until_ready;
 use super::tasks::{Program, Task};
+use crate::model::SpiffeId;
 use crate::sys::netns::NetNs;
 
 const PORT: u16 = 15012;
@@ -34,15 +35,27 @@ pub(super) struct ControlPlane {
     directory: Directory,
     netns: NetNs,
     task: Task,
+    tokens: BTreeMap<String, Token>,
+}
+
+/// Who a token is given to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Token {
+    token: String,
+    node: String,
+    /// `node`: those of the pods that the mesh file places on the node.
+    identity: String,
 }
 
 impl ControlPlane {
     /// Starts one in its namespace and waits until it serves.
     pub(super) async fn start(program: &Path, directory: &Directory, definition: &Definition, netns: NetNs) -> Result<Self, Error> {
-        let failed = || Error::failed::<io::Error>("cannot write the tokens of the lab's proxies");
-        write_tokens(directory, definition).map_err(failed())?;
+        let mut tokens = BTreeMap::new();
+        for node in &definition.nodes {
+            admit(directory, &mut tokens, (&node_token(&node.name), &node.name), "node")?;
+        }
         let task = spawn(program, directory, &netns)?;
-        let started = Self { program: program.to_owned(), directory: directory.clone(), netns, task };
+        let started = Self { program: program.to_owned(), directory: directory.clone(), netns, task, tokens };
         started.ready().await?;
         Ok(started)
     }
@@ -52,6 +65,14 @@ impl ControlPlane {
         self.task.stop().await;
         self.task = spawn(&self.program, &self.directory, &self.netns)?;
         self.ready().await
+    }
+
+    /// Lets a pod's own proxy, which asks for nobody's certificate but its pod's, be that pod.
+    pub(super) fn admit_pod(&mut self, pod: &Pod) -> Result<(), Error> {
+        let Pod { trust_domain, namespace, service_account, .. } = pod;
+        let identity = SpiffeId::new(trust_domain, namespace, service_account);
+        let identity = identity.map_err(Error::failed(format!("pod {} has no identity", pod_key(pod))))?;
+        admit(&self.directory, &mut self.tokens, (&pod_token(pod), &pod.node), identity.uri())
     }
 
     pub(super) async fn stop(&mut self) {
@@ -74,11 +95,11 @@ impl ControlPlane {
     }
 }
 
-/// What a node's proxy has in its environment to learn everything over the wire.
-pub(super) fn proxy_env(directory: &Directory, node: &str) -> BTreeMap<String, String> {
+/// What a proxy with this token has in its environment to learn everything over the wire.
+pub(super) fn proxy_env(directory: &Directory, token: &str) -> BTreeMap<String, String> {
     let url = format!("https://{}", address());
     let root = directory.ca().join("root-cert.pem").display().to_string();
-    let token = token_path(directory, node).display().to_string();
+    let token = directory.tokens().join(token).display().to_string();
     let env = [("XDS_ADDRESS", &url), ("CA_ADDRESS", &url), ("XDS_ROOT_CA", &root), ("CA_ROOT_CA", &root), ("AUTH_TOKEN", &token)];
     env.into_iter().map(|(name, value)| (name.to_owned(), value.clone())).collect()
 }
@@ -104,24 +125,35 @@ fn spawn(program: &Path, directory: &Directory, netns: &NetNs) -> Result<Task, E
     Task::start(Program { arguments, env, netns: netns.clone(), mounts: None, log: directory.control_plane_log() })
 }
 
-/// One token for every node, which gives the identities of the pods that the mesh file places on it.
-fn write_tokens(directory: &Directory, definition: &Definition) -> io::Result<()> {
-    let mut tokens = Vec::new();
-    for node in &definition.nodes {
-        let token = format!("{:032x}", rand::random::<u128>());
-        // Not atomically: nobody reads it yet. Only this user may.
-        let mut options = OpenOptions::new();
-        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(token_path(directory, &node.name))?;
-        file.write_all(token.as_bytes())?;
-        tokens.push(json!({"token": token, "node": node.name, "identities": ["node"]}));
+/// The name of the token of a node's proxy.
+pub(super) fn node_token(node: &str) -> String {
+    format!("node.{node}")
+}
+
+/// The name of the token of a pod's own proxy.
+pub(super) fn pod_token(pod: &Pod) -> String {
+    format!("pod.{}", pod_key(pod).replace('/', "."))
+}
+
+/// Makes a token and lets the control plane know it, which reads the file when it has changed. The first one made for somebody stays.
+fn admit(directory: &Directory, tokens: &mut BTreeMap<String, Token>, (name, node): (&str, &str), identity: &str) -> Result<(), Error> {
+    let known = tokens.get(name);
+    if known.is_some_and(|known| known.node == node && known.identity == identity) {
+        return Ok(());
     }
-    write_atomically(&token_file(directory), &json!({ "tokens": tokens }).to_string())
+    let token = known.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |known| known.token.clone());
+    let write = |token: &str| -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        // Only this user may read it.
+        options.create(true).truncate(true).write(true).mode(0o600).open(directory.tokens().join(name))?.write_all(token.as_bytes())
+    };
+    let failed = || Error::failed::<io::Error>(format!("cannot write the token {name}"));
+    write(&token).map_err(failed())?;
+    tokens.insert(name.to_owned(), Token { token, node: node.to_owned(), identity: identity.to_owned() });
+    let all: Vec<Value> = tokens.values().map(|one| json!({"token": one.token, "node": one.node, "identities": [one.identity]})).collect();
+    write_atomically(&token_file(directory), &json!({ "tokens": all }).to_string()).map_err(failed())
 }
 
 fn token_file(directory: &Directory) -> PathBuf {
     directory.tokens().join("tokens.yaml")
-}
-
-fn token_path(directory: &Directory, node: &str) -> PathBuf {
-    directory.tokens().join(format!("node.{node}"))
 }

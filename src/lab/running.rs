@@ -87,6 +87,10 @@ impl Running {
                 pod.definition = wanted.clone();
             }
         }
+        if let Some(control) = &mut self.control {
+            // Its trust domain may be another one now.
+            self.pods.values().filter(|pod| pod.definition.dedicated).try_for_each(|pod| control.admit_pod(&pod.definition))?;
+        }
         self.write_mesh()?;
         for pod in self.pods.values() {
             pod.write_hosts(&self.plan.hosts(&self.definition, &pod.definition))?;
@@ -181,7 +185,7 @@ impl Running {
 
     fn start_proxy(&self, node: &Node, socket: &std::path::Path) -> Result<Task, Error> {
         let own = [("PROXY_MODE", "shared".to_owned()), ("NODE_NAME", node.name.clone()), ("INPOD_UDS", socket.display().to_string())];
-        let mut env = self.source_env(&node.name);
+        let mut env = self.source_env(&control_plane::node_token(&node.name));
         env.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
         env.extend(self.definition.proxy_env.clone());
         env.extend(node.env.clone());
@@ -189,10 +193,10 @@ impl Running {
         Proxy { program: &self.program, netns: self.netns_of(&node.name)?, log, env }.start()
     }
 
-    /// From where a proxy on a node learns of the mesh and gets its certificates.
-    fn source_env(&self, node: &str) -> BTreeMap<String, String> {
+    /// From where a proxy with this token learns of the mesh and gets its certificates.
+    fn source_env(&self, token: &str) -> BTreeMap<String, String> {
         match &self.control {
-            Some(_) => control_plane::proxy_env(&self.directory, node).into_iter().chain(log_env()).collect(),
+            Some(_) => control_plane::proxy_env(&self.directory, token).into_iter().chain(log_env()).collect(),
             None => shared_env(&self.directory),
         }
     }
@@ -231,7 +235,10 @@ impl Running {
                 // Without the mark its own connections would be captured again.
                 ("PACKET_MARK", "1337".to_owned()),
             ];
-            let mut env = self.source_env(&pod.node);
+            if let Some(control) = &mut self.control {
+                control.admit_pod(pod)?;
+            }
+            let mut env = self.source_env(&control_plane::pod_token(pod));
             env.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
             env.extend(self.definition.proxy_env.clone());
             env.extend(pod.proxy_env.clone());

@@ -28,3 +28,4 @@ mod programs;
 mod revocation;
 mod traffic;
 mod waypoint;
+mod wired;

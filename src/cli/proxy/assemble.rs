@@ -90,7 +90,10 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     let mesh = mesh(&settings, (&telemetry, &supervisor), &reloads, state_ready).await?;
     let credentials = credentials(&settings, &supervisor)?;
     telemetry.registry(|registry| registry.register_collector(credentials.collector()));
-    supervisor.supervise("certificate prefetch", prefetch_certificates(mesh.clone(), credentials.clone()));
+    if settings.mode == Mode::Shared {
+        // A dedicated proxy may ask for its own workload's certificate only, and the others of its node are none of its business.
+        supervisor.supervise("certificate prefetch", prefetch_certificates(mesh.clone(), credentials.clone()));
+    }
 
     let (unauthenticated, per_source) = settings.unauthenticated;
     let node = Arc::new(Node {

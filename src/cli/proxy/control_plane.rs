@@ -19,6 +19,15 @@ pub(super) enum CaSource {
     Remote(Box<grpc::Config>),
 }
 
+impl CaSource {
+    /// Marks the sockets of calls.
+    pub(super) fn mark(&mut self, mark: Option<u32>) {
+        if let Self::Remote(config) = self {
+            config.mark = mark;
+        }
+    }
+}
+
 /// Flags and environment about certificates and how to prove who we are.
 #[derive(Debug, clap::Args)]
 pub(super) struct CaArgs {

@@ -21,6 +21,15 @@ pub(super) enum MeshSource {
     Remote(Box<RemoteMesh>),
 }
 
+impl MeshSource {
+    /// Marks the sockets of calls.
+    pub(super) fn mark(&mut self, mark: Option<u32>) {
+        if let Self::Remote(remote) = self {
+            remote.server.mark = mark;
+        }
+    }
+}
+
 /// How a control plane is asked.
 #[derive(Debug, Clone)]
 pub(super) struct RemoteMesh {

@@ -224,7 +224,7 @@ impl Args {
     pub(super) fn check(&self) -> anyhow::Result<Settings> {
         let mode = self.proxy_mode()?;
         let pqc = self.compliance_policy == "pqc";
-        let ca = self.ca.source(&self.cluster_id(), pqc)?;
+        let mut ca = self.ca.source(&self.cluster_id(), pqc)?;
         let oneself = Oneself {
             node: &self.node_name,
             cluster_id: &self.cluster_id(),
@@ -232,7 +232,7 @@ impl Args {
             namespace: self.pod_namespace.as_deref(),
             token: token(self.ca.auth_token.as_deref()),
         };
-        let source = self.mesh.source(&oneself, &environment().collect::<Vec<_>>())?;
+        let mut source = self.mesh.source(&oneself, &environment().collect::<Vec<_>>())?;
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
@@ -242,6 +242,11 @@ impl Args {
             retries: self.keepalive_retries,
         });
         let mark = self.packet_mark.or_else(|| (mode == Mode::Shared).then_some(DEFAULT_MARK)).filter(|mark| *mark != 0);
+        if matches!(mode, Mode::Dedicated(_)) {
+            // Its pod's rules would bring its own calls back to it.
+            source.mark(mark);
+            ca.mark(mark);
+        }
         let user_timeout = keepalive.as_ref().filter(|_| self.user_timeout_enabled).map(Keepalive::user_timeout);
         Ok(Settings {
             node_name: self.node_name.clone(),

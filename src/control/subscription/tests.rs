@@ -209,6 +209,14 @@ fn run(kind: Kind, wildcard: bool, halves: bool, steps: Vec<Step>) {
                 answer.into_iter().for_each(|push| client.apply(&push));
             }
             Step::Reconnect(spoiled) => {
+                // Something may have gone or changed while it was away.
+                if let Some((id, mut workload)) = little.workloads.pop_first() {
+                    workload.capacity += 1;
+                    let stays = spoiled.index(2) == 0;
+                    set(&mut little.workloads, id, stays.then_some(workload));
+                }
+                little.policies.pop_first();
+                little.publish(&before, &mut publisher);
                 // The client may have lost or refused one of them; and the process may be another one, with a catalog of its own.
                 let mut versions = client.view.clone();
                 if !versions.is_empty() {
@@ -229,6 +237,7 @@ fn run(kind: Kind, wildcard: bool, halves: bool, steps: Vec<Step>) {
             }
         }
         little.publish(&before, &mut publisher);
+        // Nothing more if the step did it itself.
         if let Some(next) = catalog.next(&mesh.current()) {
             catalog = next;
         }
@@ -342,4 +351,29 @@ fn an_address_within_a_range_is_answered_by_the_name_it_was_asked_by() {
     let Upserts::Some(items) = push.upserts else { panic!("everything") };
     assert_eq!((items.len(), items[0].entry.name.as_str(), &items[0].aliases[..]), (1, "ns/wide", &["net/10.9.8.7".to_owned()][..]));
     assert_eq!(items[0].entry.row.aliases(), ["net/10.9.0.0/16"]);
+}
+
+#[test]
+fn a_client_on_demand_hears_no_more_of_what_it_left() {
+    let (mut publisher, mesh) = Publisher::new(None);
+    let mut little = Little { services: [(1, 1), (2, 1)].into(), policies: [(1, 1), (2, 1)].into(), ..Little::default() };
+    little.publish(&Little::default(), &mut publisher);
+    let mut catalog = Catalog::default().next(&mesh.current()).unwrap();
+    for (kind, names) in [(Kind::Address, [service_name(1), service_name(2)]), (Kind::Authorization, [policy_name(1), policy_name(2)])] {
+        let first = DeltaDiscoveryRequest { resource_names_subscribe: names.to_vec(), ..DeltaDiscoveryRequest::default() };
+        let (mut subscription, push) = Subscription::first(kind, None, &first, &catalog).unwrap();
+        assert_eq!(push.len(), 2);
+        let leave = DeltaDiscoveryRequest { resource_names_unsubscribe: vec![names[0].clone()], ..DeltaDiscoveryRequest::default() };
+        assert!(subscription.request(&leave, &catalog).unwrap().is_none());
+        let before = little.clone();
+        for id in [1, 2] {
+            set(&mut little.services, id, before.services.get(&id).map(|port| port + 1));
+            set(&mut little.policies, id, before.policies.get(&id).map(|port| port + 1));
+        }
+        little.publish(&before, &mut publisher);
+        catalog = catalog.next(&mesh.current()).unwrap();
+        let push = subscription.update(&catalog, Part::Everything).unwrap();
+        let Upserts::Some(items) = push.upserts else { panic!("everything") };
+        assert_eq!(items.iter().map(|item| item.entry.name.to_string()).collect::<Vec<_>>(), names[1..]);
+    }
 }

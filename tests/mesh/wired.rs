@@ -1,0 +1,122 @@
+//! Everything over the wire: a control plane tells the proxies of the mesh and signs their certificates (reference, dataplane §5 and §7; F4 and F7 of
+//! the list of faults).
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::mesh::{Mesh, Process, echo_on, serve_echo, wait_until};
+
+const LAB: &str = "
+nodes: [left, right]
+pods:
+  - {name: client, serviceAccount: client, node: left}
+  - {name: other, serviceAccount: other, node: left}
+  - {name: server, serviceAccount: server, node: right, labels: {app: server}}
+  - {name: own, serviceAccount: own, node: right, dedicated: true}
+services:
+  - {name: server, selector: {app: server}, ports: [{port: 80, targetPort: 8080}]}
+";
+
+const DENY_OTHER: &str = "
+authorizationPolicies:
+- metadata: {name: no-other}
+  spec: {action: DENY, rules: [{from: [{source: {serviceAccounts: [other]}}]}]}
+";
+
+fn up() -> Mesh {
+    let mesh = Mesh::with_control_plane(LAB);
+    serve_echo(mesh.listen("server", 8080));
+    serve_echo(mesh.listen("own", 8080));
+    mesh
+}
+
+fn control(mesh: &Mesh) -> i32 {
+    mesh.status().control.unwrap().host_pid
+}
+
+fn kill_control(mesh: &Mesh) {
+    let process = Process::of(control(mesh)).unwrap();
+    kill(Pid::from_raw(process.pid), Signal::SIGKILL).unwrap();
+    wait_until("the control plane is dead", || !process.lives());
+}
+
+#[test]
+fn proxies_that_were_given_no_file_know_the_mesh_and_have_certificates() {
+    let mesh = up();
+    for of in ["left", "right", "own"] {
+        let environment = std::fs::read_to_string(format!("/proc/{}/environ", mesh.proxy(of).pid)).unwrap();
+        assert!(environment.contains("XDS_ADDRESS=https://") && !environment.contains("LOCAL_"), "{environment}");
+    }
+    for target in [(mesh.ip("server"), 8080), (mesh.ip6("server"), 8080), (mesh.vip("server"), 80), (mesh.ip("own"), 8080)] {
+        mesh.echo("client", target).unwrap();
+    }
+    mesh.wait_for_log("right", &["connection complete", "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/client\""]);
+    // The policy comes by the same way, and so does a pod that was not there at the start.
+    let more = LAB.replace("services:", "  - {name: late, serviceAccount: late, node: right}\nservices:");
+    mesh.apply(&format!("{more}{DENY_OTHER}"));
+    let mut status = mesh.status();
+    let late = status.pods.iter_mut().find(|pod| pod.name == "late").unwrap().addresses[0];
+    serve_echo(mesh.listen("late", 8080));
+    mesh.echo("client", (late, 8080)).unwrap();
+    wait_until("the policy is in force", || {
+        mesh.connect("other", (mesh.ip("server"), 8080)).is_ok_and(|mut socket| echo_on(&mut socket, b"x").is_err())
+    });
+    mesh.echo("client", (mesh.ip("server"), 8080)).unwrap();
+    let log = std::fs::read_to_string(status.control.unwrap().log).unwrap();
+    assert!(log.contains("certificate issued") && log.contains("identity=spiffe://cluster.local/ns/default/sa/late"), "{log}");
+    assert!(!log.contains("NACK") && !log.contains("refused"), "{log}");
+    mesh.down();
+}
+
+#[test]
+fn known_workloads_do_not_notice_that_the_control_plane_dies_and_comes_back() {
+    let mesh = up();
+    let target: SocketAddr = (mesh.vip("server"), 80).into();
+    let mut live: Vec<_> = ["client", "own"].map(|pod| mesh.connect(pod, target).unwrap()).into();
+    live.iter_mut().for_each(|socket| echo_on(socket, b"before").unwrap());
+    let (stop, made) = (AtomicBool::new(false), Arc::new(AtomicUsize::new(0)));
+    std::thread::scope(|scope| {
+        let calls = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for (pod, target) in [("client", target), ("client", (mesh.ip("own"), 8080).into()), ("own", target)] {
+                    if let Err(error) = mesh.echo(pod, target) {
+                        return Err(format!("{pod} to {target}: {error}"));
+                    }
+                    made.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            Ok(())
+        });
+        let more_calls = |count: usize| {
+            let from = made.load(Ordering::Relaxed);
+            wait_until("calls go on", || made.load(Ordering::Relaxed) >= from + count || calls.is_finished());
+        };
+        for _ in 0..2 {
+            more_calls(10);
+            kill_control(&mesh);
+            more_calls(30);
+            assert_eq!(mesh.page("left", 15021, "/healthz/ready").0, 200, "a node that lost its control plane is still ready");
+            mesh.lab().restart_control().unwrap();
+            more_calls(10);
+        }
+        // What changed while it was dead is told by the next one.
+        kill_control(&mesh);
+        mesh.apply(&format!("{LAB}{DENY_OTHER}"));
+        mesh.echo("other", target).unwrap();
+        mesh.lab().restart_control().unwrap();
+        let denied = || mesh.connect("other", target).is_ok_and(|mut socket| echo_on(&mut socket, b"x").is_err());
+        wait_until("the policy is in force", denied);
+        more_calls(10);
+        stop.store(true, Ordering::Relaxed);
+        calls.join().unwrap().unwrap();
+    });
+    // Within a captured pod, a proxy's own calls are not caught by the pod's rules.
+    let own = mesh.log("own").into_iter().filter(|line| line.contains("connection complete") && line.contains(":15012"));
+    assert_eq!(own.collect::<Vec<_>>(), Vec::<String>::new());
+    live.iter_mut().for_each(|socket| echo_on(socket, b"after").expect("a connection was cut by an equal snapshot"));
+    mesh.down();
+}
