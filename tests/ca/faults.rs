@@ -90,24 +90,26 @@ async fn a_refusal_says_what_to_look_at() {
 async fn a_refusing_ca_is_asked_at_doubling_distances() {
     let server = server().await;
     server.mood(Mood::Refuse(tonic::Code::Unavailable, "busy"));
-    let client = Client::of(&server);
+    // A hundred times the defaults, so that the time that the test itself takes is nothing beside them.
+    let config = Config { retry_initial: 100 * SECOND, retry_limit: 15_000 * SECOND, ..Config::default() };
+    let client = Client::with(&server, |_| {}, config, true);
     client.store.prefetch(id("web"));
     let asked = || server.asked().iter().filter(|asked| asked.impersonated().is_some_and(|identity| identity.ends_with("/web"))).count();
     until("a request", || client.counted("unavailable") == 1).await;
-    for (round, seconds) in [1, 2, 4, 8, 16, 32, 64, 128, 150, 150].into_iter().enumerate() {
+    for (round, seconds) in [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 15_000, 15_000].into_iter().enumerate() {
         // Within a fifth of it, and never above the longest.
-        let (early, late) = (seconds as f64 * 0.79, (seconds as f64 * 1.21).min(151.0));
-        client.leap(Duration::from_secs_f64(early)).await;
+        let (early, late) = (SECOND * (seconds * 3 / 4), SECOND * (seconds + seconds / 5 + 1).min(15_001));
+        client.leap(early).await;
         // Somebody else's request went all the way meanwhile: this one would have been sent.
         client.store.fetch(&id(&format!("probe{round}"))).await.unwrap_err();
         client.store.forget(&id(&format!("probe{round}")));
         assert_eq!(asked(), round + 1, "earlier than {seconds} s");
-        client.leap(Duration::from_secs_f64(late - early)).await;
+        client.leap(late - early).await;
         until("the next request", || asked() == round + 2 && client.counted("unavailable") == 2 * (round as u64) + 3).await;
     }
     // A success starts it over.
     server.mood(Mood::Sign);
-    client.leap(180 * SECOND).await;
+    client.leap(15_001 * SECOND).await;
     until("a certificate", || client.state("web").as_deref() == Some("Available")).await;
 }
 
@@ -146,7 +148,7 @@ async fn a_connection_that_lay_idle_is_not_trusted_to_be_alive() {
     let server = server().await;
     let client = Client::of(&server);
     client.store.fetch(&id("one")).await.unwrap();
-    client.leap(59 * SECOND).await;
+    client.leap(30 * SECOND).await;
     client.store.fetch(&id("two")).await.unwrap();
     assert_eq!(server.desk.connections.load(Ordering::SeqCst), 1);
     client.leap(61 * SECOND).await;

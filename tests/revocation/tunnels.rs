@@ -9,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::crl::list;
 use super::raw_h2::{Frame, NO_ERROR, RawPeer};
-use super::tunnel_peers::{Application, CountingDialer, OurClient, OurServer, Realm, eventually, listen, request, soon, tls_to};
+use super::tunnel_peers::{Application, CountingDialer, OurClient, OurServer, PATIENCE, Realm, eventually, listen, request, soon, tls_to};
 use super::*;
 
 /// From the file's change to the cut.
@@ -55,7 +55,8 @@ async fn an_inbound_tunnel_of_a_revoked_client_is_cut_and_others_stay() {
     let (mut good, mut bad) = (raw.pop().unwrap(), raw.pop().unwrap());
     // Abrupt, but with a word.
     assert_eq!(soon(bad.goaway_code()).await, Some(NO_ERROR));
-    assert!(begin.elapsed() < IN_TIME + Duration::from_secs(1), "{:?} on a busy machine", begin.elapsed());
+    // A second where nothing else runs; that it is looked for so often is shown on a paused clock.
+    assert!(begin.elapsed() < 10 * IN_TIME, "{:?}", begin.elapsed());
     assert!(matches!(server.tunnel_end().await, Err(Error::Revoked)));
     let (mut stays, ends) = (served.pop().unwrap(), served.pop().unwrap());
     cut(ends).await;
@@ -178,7 +179,7 @@ async fn a_tunnel_that_was_taken_up_is_counted_as_out_of_reach_of_lists() {
     let (_trigger, watcher) = culvert::lifecycle::drain::channel();
     let served = tokio::spawn(tunnel.serve(watcher, drop));
     let _peer = soon(peer).await.unwrap();
-    let frozen = soon(mover.freeze(IN_TIME)).await.unwrap();
+    let frozen = soon(mover.freeze(PATIENCE)).await.unwrap();
     served.await.unwrap().unwrap();
     ServerTunnel::take_up(frozen, &with_lists).unwrap();
     assert!(ours.metrics().contains("istio_crl_untracked_connections_total{reporter=\"destination\"} 1"), "{}", ours.metrics());
