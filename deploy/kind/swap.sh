@@ -158,9 +158,11 @@ if [ -n "$left" ] && [ "$dry_run" != server ]; then
 fi
 if [ -n "$prepared" ] || [ "$dry_run" = print ]; then
   strategy="$(ask '{}' "${istio[@]}" get daemonset ztunnel -o "jsonpath={.metadata.annotations.${kept//./\\.}}")"
+  # Istio's default, should the note be lost.
+  if [ -z "$strategy" ]; then strategy='{"type":"RollingUpdate","rollingUpdate":{"maxSurge":1,"maxUnavailable":0}}'; fi
   # The template is again the one that ztunnel's pods of other nodes were made from: they stay.
   change "${istio[@]}" patch daemonset ztunnel --type=merge -p \
-    "{\"metadata\":{\"annotations\":{\"$kept\":null}},\"spec\":{\"updateStrategy\":${strategy:-{\}},\"template\":{\"spec\":{\"affinity\":null}}}}"
+    "{\"metadata\":{\"annotations\":{\"$kept\":null}},\"spec\":{\"updateStrategy\":$strategy,\"template\":{\"spec\":{\"affinity\":null}}}}"
   if [ "$dry_run" != server ]; then run "${istio[@]}" rollout status daemonset/ztunnel "--timeout=${wait_seconds}s"; fi
 fi
 change "${istio[@]}" delete daemonset culvert --ignore-not-found

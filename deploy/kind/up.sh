@@ -75,6 +75,7 @@ fi
 
 if [ -n "$gateway_api" ]; then run "${kubectl[@]}" apply --server-side -f "$gateway_api"; fi
 
+parts=(deployment/istiod daemonset/istio-cni-node)
 # Installing again would bring ztunnel back to nodes that swap.sh gave to Culvert.
 if [ -n "$(ask "" "${kubectl[@]}" -n istio-system get daemonset culvert --ignore-not-found -o name)" ]; then
   say "Culvert is in place, so Istio stays as it is"
@@ -83,9 +84,10 @@ else
   if [ "$family" = dual ]; then
     settings+=(--set values.pilot.env.ISTIO_DUAL_STACK=true --set values.pilot.ipFamilyPolicy=RequireDualStack)
   fi
+  parts+=(daemonset/ztunnel)
   run "${istioctl[@]}" install --skip-confirmation "${settings[@]}" "${istio_set[@]}"
 fi
-for part in deployment/istiod daemonset/istio-cni-node daemonset/ztunnel; do
+for part in "${parts[@]}"; do
   run "${kubectl[@]}" -n istio-system rollout status "$part" --timeout=300s
 done
 say "ready: deploy/kind/swap.sh puts Culvert in ztunnel's place, deploy/kind/demo.sh shows what it does, deploy/kind/down.sh ends it"

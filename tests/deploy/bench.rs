@@ -83,7 +83,7 @@ printf '%s 7 7\n%s 7 7\n' "${seconds}000000000" 5"#;
         let requests = nodes * 1000.0 / value(place, "cpu_s_per_1000");
         // The trial really lasts a tenth of a second, and the last answers.
         let ratio = requests / value(place, "per_s");
-        assert!((0.095..0.5).contains(&ratio), "{place}: {ratio}");
+        assert!((0.095..5.0).contains(&ratio), "{place}: {ratio}");
     }
     assert!(ran.printed.contains("2 CPUs, Linux 6, cubic; 1 rounds of 1 s, interleaved"), "{ran:?}");
     assert!(ran.printed.contains("| across nodes | bulk-up | CPU s/GB | – |"), "{ran:?}");

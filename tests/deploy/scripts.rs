@@ -122,5 +122,7 @@ fn what_up_finds_stays_as_it_is() {
     assert_eq!(ran.code, 0, "{ran:?}");
     let calls = stubs.calls();
     assert!(!calls.contains("kind create") && !calls.contains("istioctl"), "{calls}");
+    // kubectl cannot wait for a DaemonSet that is OnDelete.
+    assert!(calls.contains("rollout status daemonset/istio-cni-node") && !calls.contains("rollout status daemonset/ztunnel"), "{calls}");
     assert!(calls.contains("kind load docker-image culvert:dev --name culvert"), "{calls}");
 }

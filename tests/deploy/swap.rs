@@ -90,6 +90,17 @@ fn the_last_node_that_goes_back_makes_istios_daemon_set_what_it_was() {
 }
 
 #[test]
+fn when_the_way_back_is_lost_istios_default_is_taken() {
+    let stubs = cluster();
+    assert_eq!(swap(&stubs, &["culvert"]).code, 0);
+    fs::write(stubs.state("strategy"), "").unwrap();
+    assert_eq!(swap(&stubs, &["ztunnel"]).code, 0);
+    let made = changes(&stubs);
+    let patch = made.iter().rfind(|call| call.starts_with("patch")).unwrap();
+    assert!(patch.contains(r#""updateStrategy":{"type":"RollingUpdate","rollingUpdate":{"maxSurge":1,"maxUnavailable":0}},"#), "{patch}");
+}
+
+#[test]
 fn a_proxy_that_does_not_become_ready_leaves_the_node_to_the_other_one() {
     for (target, broken, before) in [("culvert", "broken-culvert", None), ("ztunnel", "broken-ztunnel", Some("culvert"))] {
         let stubs = cluster();
