@@ -68,6 +68,8 @@ async fn the_image_with_the_daemon_sets_settings_finds_its_control_plane_gets_ce
     let mut control = Command::new(env!("CARGO_BIN_EXE_culvert"));
     control.current_dir(folder).args(["control", "--config", "mesh.yaml", "--ca-dir", "ca", "--create-ca", "--token-file", "tokens.yaml"]);
     control.args(["--readiness", "127.0.0.1:16021", "--metrics", "127.0.0.1:16020"]);
+    let log = |name: &str| fs::File::options().create(true).append(true).open(folder.join(name)).unwrap();
+    control.stdout(log("control.log")).stderr(log("control.log"));
     let _control = Ends(node.run(|| control.spawn()).unwrap().unwrap());
     until("the control plane is ready", || answers(&node, 16021, "/healthz/ready", "HTTP/1.1 200 ")).await;
 
@@ -104,12 +106,14 @@ async fn the_image_with_the_daemon_sets_settings_finds_its_control_plane_gets_ce
         run.arg("-e").arg(format!("{}={}", variable.name, variable.value.as_deref().or(field).unwrap()));
     }
     run.arg(&name).arg("/culvert").args(container.args.iter().flatten());
+    run.stdout(log("proxy.log")).stderr(log("proxy.log"));
     let mut proxy = Ends(node.run(|| run.spawn()).unwrap().unwrap());
 
     let probe = container.readiness_probe.as_ref().unwrap().http_get.as_ref().unwrap();
     let port = serde_json::from_value(serde_json::to_value(&probe.port).unwrap()).unwrap();
     until("the container is ready", || {
-        assert!(proxy.0.try_wait().unwrap().is_none(), "the container has ended");
+        let ended = proxy.0.try_wait().unwrap().is_some();
+        assert!(!ended, "the container has ended: {}", fs::read_to_string(folder.join("proxy.log")).unwrap());
         answers(&node, port, probe.path.as_deref().unwrap(), "HTTP/1.1 200 ")
     })
     .await;
