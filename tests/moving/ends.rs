@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::tunnel_peers::{Application, OurClient, PATIENCE, Realm, listen, soon};
+use crate::tunnel_peers::{Application, OurClient, PATIENCE, Realm, listen, quiet, soon};
 
 /// Out and in again, with the bytes as long as they are asked for.
 pub fn through_bytes(frozen: Frozen) -> (Frozen, usize) {
@@ -60,7 +60,7 @@ impl Server {
             address,
             listener,
             realm_credential: realm.credential("server").await,
-            endpoint: Arc::new(Endpoint::new(config)),
+            endpoint: Arc::new(quiet(config)),
             mover: Mutex::default(),
             give,
             requests,
@@ -165,7 +165,7 @@ impl Client {
     }
 
     pub fn take_up(&mut self, frozen: Frozen) {
-        self.pool = Arc::new(Pool::new(Arc::new(Endpoint::new(self.config.clone())), self.dialer.clone()));
+        self.pool = Arc::new(Pool::new(Arc::new(quiet(self.config.clone())), self.dialer.clone()));
         self.relays.adopt(self.pool.take_up(self.key.clone(), frozen).unwrap());
     }
 

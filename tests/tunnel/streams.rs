@@ -224,8 +224,7 @@ async fn ends_that_are_found_in_a_turn_without_data_are_passed_on_at_once() {
     const STREAMS: u32 = 32;
     const SLOT: usize = 16_384 - 9;
     let realm = Realm::new();
-    // A PING would take along what was left behind.
-    let mut server = OurServer::with(&realm, Config { ping_interval: Duration::from_secs(60), ..Config::default() }).await;
+    let mut server = OurServer::with(&realm, Config::default()).await;
     let mut peer = RawPeer::client(tls_to(server.address, &*realm.credential("client").await).await, &[]).await;
     let (mut next, mut window) = (1, 65_535);
     // The first rounds make the kernel's buffers grow until they take two slabs.
