@@ -17,6 +17,7 @@ use std::path::PathBuf;
 pub use dump::dump;
 #[cfg(test)]
 use form::Document;
+use world::Draft;
 pub use world::{Edit, LocalName, Mesh, Publisher, World};
 
 /// Why there is no world to start with.

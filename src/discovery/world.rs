@@ -1,6 +1,5 @@
 //! The published state of the mesh: an immutable world per change, a handle to read it and the one publisher that makes the next.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use tokio::sync::watch;
 
 use super::dump::{dump, with_static_config};
 use super::xds::{Demand, Unanswered};
-use crate::model::{GatewayDestination, Service, Snapshot, Text, Workload, canonical};
+use crate::model::{GatewayDestination, Service, Snapshot, SnapshotBuilder, Text, Workload, canonical};
 use crate::policy::{Authorization, PolicySet};
 
 /// Everything known at one moment. Never changes.
@@ -181,44 +180,22 @@ impl Publisher {
     /// Applies all edits in order and publishes the result as one world. Says whether it did: edits that change nothing publish
     /// nothing.
     pub fn publish(&mut self, edits: impl IntoIterator<Item = Edit>) -> bool {
+        let mut draft = self.draft();
+        edits.into_iter().for_each(|edit| draft.apply(edit));
+        self.publish_draft(draft)
+    }
+
+    /// A world to be, which begins as the one published last.
+    pub(super) fn draft(&self) -> Draft {
         let last = self.current();
-        let mut snapshot = last.snapshot.edit();
-        let mut policies = last.policies.clone();
-        let mut changed = false;
-        // What an earlier edit touched can no longer be compared with the last world.
-        let mut touched = HashSet::new();
-        for edit in edits {
-            match edit {
-                Edit::Workload(workload) => {
-                    let first = touched.insert(workload.uid.clone());
-                    if !first || last.snapshot.workload(&workload.uid).is_none_or(|known| *known != workload) {
-                        snapshot.insert_workload(workload);
-                        changed = true;
-                    }
-                }
-                Edit::Service(service) => {
-                    let key = service.key();
-                    let first = touched.insert(key.to_string().into());
-                    if !first || last.snapshot.service(&key).is_none_or(|known| *known != service) {
-                        snapshot.insert_service(service);
-                        changed = true;
-                    }
-                }
-                Edit::Remove(name) => {
-                    changed |= snapshot.remove(&name);
-                    touched.insert(name);
-                }
-                Edit::Policy(policy) => {
-                    if policies.get(&policy.key()).is_none_or(|known| **known != policy) {
-                        policies.insert(policy);
-                        changed = true;
-                    }
-                }
-                Edit::RemovePolicy(key) => changed |= policies.remove(&key),
-            }
-        }
+        Draft { snapshot: last.snapshot.edit(), policies: last.policies.clone(), changed: false }
+    }
+
+    /// Publishes a draft of the world published last, if it differs; says whether it does.
+    pub(super) fn publish_draft(&mut self, draft: Draft) -> bool {
+        let Draft { snapshot, policies, changed } = draft;
         if changed {
-            let world = Arc::new(World { snapshot: snapshot.build(), policies, epoch: last.epoch + 1 });
+            let world = Arc::new(World { snapshot: snapshot.build(), policies, epoch: self.current().epoch + 1 });
             // In this order, so that whoever is woken finds the new world by either way.
             self.current.store(Arc::clone(&world));
             self.updates.send_replace(world);
@@ -235,5 +212,32 @@ impl Publisher {
     pub(super) fn abandonment(&self) -> impl Future<Output = ()> + Send + 'static {
         let updates = self.updates.clone();
         async move { updates.closed().await }
+    }
+}
+
+/// A world to be.
+#[derive(Debug)]
+pub(super) struct Draft {
+    snapshot: SnapshotBuilder,
+    policies: PolicySet,
+    changed: bool,
+}
+
+impl Draft {
+    /// Later edits of a key win.
+    pub(super) fn apply(&mut self, edit: Edit) {
+        self.changed |= match edit {
+            Edit::Workload(workload) => self.snapshot.put_workload(workload),
+            Edit::Service(service) => self.snapshot.put_service(service),
+            Edit::Remove(name) => self.snapshot.remove(&name),
+            Edit::Policy(policy) => {
+                let differs = self.policies.get(&policy.key()).is_none_or(|known| **known != policy);
+                if differs {
+                    self.policies.insert(policy);
+                }
+                differs
+            }
+            Edit::RemovePolicy(key) => self.policies.remove(&key),
+        };
     }
 }

@@ -3,15 +3,13 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
-use prost::Message;
-
-use super::rows::{self, Row, Words, shown};
+use super::reader::Reader;
+use super::rows::{Row, shown};
 use super::{Kind, policy};
-use crate::discovery::{Edit, Publisher};
+use crate::discovery::{Draft, Edit, Publisher};
 use crate::model::Text;
 use crate::policy::Validity;
 use crate::wire::google::{Any, Status};
-use crate::wire::workload::Address;
 use crate::wire::xds::{DeltaDiscoveryResponse, Resource};
 
 /// A larger resource is refused: an object of Kubernetes cannot be so large.
@@ -24,7 +22,7 @@ const TOLD: usize = 20;
 pub(super) struct Applier {
     publisher: Publisher,
     /// Until every kind in `first` was heard of, what is to be published waits here: a world whose policies are not known yet would permit.
-    waiting: Vec<Edit>,
+    waiting: Option<Draft>,
     first: Vec<Kind>,
     addresses: HashMap<Text, Held, foldhash::fast::RandomState>,
     policies: HashMap<Text, Version, foldhash::fast::RandomState>,
@@ -105,7 +103,7 @@ impl Applied {
 impl Applier {
     /// Publishes nothing until each kind of `first` has had its first push.
     pub(super) fn new(publisher: Publisher, first: Vec<Kind>) -> Self {
-        Self { publisher, waiting: Vec::new(), first, addresses: HashMap::default(), policies: HashMap::default() }
+        Self { publisher, waiting: None, first, addresses: HashMap::default(), policies: HashMap::default() }
     }
 
     /// Whether everything that must be heard of before the first world was.
@@ -141,57 +139,58 @@ impl Applier {
             let named = push.resources.iter().flat_map(|resource| resource.aliases.iter().chain([&resource.name]));
             (applied.found, applied.gone) = (named.cloned().collect(), push.removed_resources.clone());
         }
-        let mut edits = Vec::with_capacity(push.resources.len() + push.removed_resources.len());
+        let mut draft = self.waiting.take().unwrap_or_else(|| self.publisher.draft());
         // Removals first: what is both removed and there is there.
         match kind {
-            Kind::Address => self.remove_addresses(push.removed_resources, &mut edits),
+            Kind::Address => self.remove_addresses(push.removed_resources, &mut draft),
             Kind::Authorization => {
                 for name in push.removed_resources {
                     self.policies.remove(name.as_str());
-                    edits.push(Edit::RemovePolicy(policy::key(&name)));
+                    draft.apply(Edit::RemovePolicy(policy::key(&name)));
                 }
             }
         }
-        let (mut words, mut seen) = (Words::default(), HashSet::with_capacity(push.resources.len()));
-        for resource in push.resources {
-            let again = !seen.insert(resource.name.clone());
+        let mut seen: HashSet<&str, foldhash::fast::RandomState> = HashSet::default();
+        seen.reserve(push.resources.len());
+        if kind == Kind::Address && self.addresses.is_empty() {
+            self.addresses.reserve(push.resources.len());
+        }
+        let mut reader = Reader::default();
+        for resource in &push.resources {
+            let again = !seen.insert(resource.name.as_str());
             match kind {
-                Kind::Address => self.add_address(resource, again, &mut words, &mut edits, &mut applied),
-                Kind::Authorization => self.add_policy(&resource, again, &mut edits, &mut applied),
+                Kind::Address => self.add_address(resource, again, (&mut reader, &mut draft), &mut applied),
+                Kind::Authorization => self.add_policy(resource, again, &mut draft, &mut applied),
             }
         }
         self.first.retain(|missing| *missing != kind);
         if self.first.is_empty() {
-            applied.changed = self.publisher.publish(std::mem::take(&mut self.waiting).into_iter().chain(edits));
+            applied.changed = self.publisher.publish_draft(draft);
         } else {
-            self.waiting.extend(edits);
+            self.waiting = Some(draft);
         }
         applied
     }
 
-    fn remove_addresses(&mut self, names: Vec<String>, edits: &mut Vec<Edit>) {
+    fn remove_addresses(&mut self, names: Vec<String>, draft: &mut Draft) {
         for name in names {
             let key = self.addresses.remove(name.as_str()).and_then(|held| held.key);
-            edits.push(Edit::Remove(key.map_or_else(|| name.into(), |key| *key)));
+            draft.apply(Edit::Remove(key.map_or_else(|| name.into(), |key| *key)));
         }
     }
 
-    fn add_address(&mut self, from: Resource, again: bool, words: &mut Words, edits: &mut Vec<Edit>, applied: &mut Applied) {
-        let row = match content(&from, Kind::Address, again) {
-            Ok(any) => Address::decode(any.value.clone()).map_err(|error| error.to_string()).and_then(|address| rows::row(address, words)),
-            Err(reason) => Err(reason),
-        };
-        match row {
+    fn add_address(&mut self, from: &Resource, again: bool, (reader, draft): (&mut Reader, &mut Draft), applied: &mut Applied) {
+        match content(from, Kind::Address, again).and_then(|any| reader.row(&any.value)) {
             Err(reason) => applied.refuse(&from.name, reason),
             Ok(mut row) => {
                 let key = row.key();
                 let other = (key != *from.name).then(|| Box::new(key.clone()));
                 let version = Version::of(&from.version);
-                match self.addresses.entry(if other.is_none() { key } else { from.name.into() }) {
+                match self.addresses.entry(if other.is_none() { key } else { from.name.as_str().into() }) {
                     Entry::Occupied(mut known) => {
                         // What the resource was before under another key goes.
                         if let Some(old) = known.get().key.clone().filter(|old| other.as_ref() != Some(old)) {
-                            edits.push(Edit::Remove(*old));
+                            draft.apply(Edit::Remove(*old));
                         }
                         if let (Row::Workload(workload), None) = (&mut row, &other) {
                             // One memory for the name in the row and here.
@@ -201,7 +200,7 @@ impl Applier {
                     }
                     Entry::Vacant(place) => drop(place.insert(Held { version, key: other })),
                 }
-                edits.push(match row {
+                draft.apply(match row {
                     Row::Workload(workload) => Edit::Workload(workload),
                     Row::Service(service) => Edit::Service(service),
                 });
@@ -209,7 +208,7 @@ impl Applier {
         }
     }
 
-    fn add_policy(&mut self, from: &Resource, again: bool, edits: &mut Vec<Edit>, applied: &mut Applied) {
+    fn add_policy(&mut self, from: &Resource, again: bool, draft: &mut Draft, applied: &mut Applied) {
         let policy = match content(from, Kind::Authorization, again) {
             Ok(any) => policy::policy(&from.name, &any.value),
             Err(reason) => policy::refused(&from.name, from.resource.as_ref(), reason),
@@ -223,7 +222,7 @@ impl Applier {
             }
         };
         self.policies.insert(from.name.as_str().into(), version);
-        edits.push(Edit::Policy(policy));
+        draft.apply(Edit::Policy(policy));
     }
 }
 

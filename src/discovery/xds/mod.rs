@@ -11,6 +11,7 @@ mod apply;
 mod demand;
 mod node;
 mod policy;
+mod reader;
 mod rows;
 mod session;
 mod stats;
@@ -49,18 +50,14 @@ pub struct Config {
     pub supervisor: Supervisor,
 }
 
+/// Attempts as the reference makes them (dataplane §5.7), but with jitter.
+const DEFAULT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(15));
+
 impl Config {
     /// The defaults, for a control plane.
     #[must_use]
     pub fn new(dialer: Dialer, identity: Identity) -> Self {
-        Self {
-            dialer,
-            identity,
-            on_demand: None,
-            backoff: Backoff::new(Duration::from_millis(10), Duration::from_secs(15)),
-            stats: Stats::default(),
-            supervisor: Supervisor::new(),
-        }
+        Self { dialer, identity, on_demand: None, backoff: DEFAULT_BACKOFF, stats: Stats::default(), supervisor: Supervisor::new() }
     }
 }
 

@@ -3,7 +3,6 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -39,7 +38,7 @@ impl Row {
 pub(super) struct Words(HashSet<Text, foldhash::fast::RandomState>);
 
 impl Words {
-    fn get(&mut self, word: &str) -> Text {
+    pub(super) fn get(&mut self, word: &str) -> Text {
         if let Some(known) = self.0.get(word) {
             return known.clone();
         }
@@ -53,26 +52,8 @@ impl Words {
     }
 }
 
-/// Reads an `Address`.
-pub(super) fn row(address: wire::Address, words: &mut Words) -> Result<Row, String> {
-    match address.r#type {
-        Some(wire::AddressType::Workload(workload)) => read_workload(workload, words).map(Row::Workload),
-        Some(wire::AddressType::Service(service)) => read_service(service, words).map(Row::Service),
-        None => Err("neither a workload nor a service".to_owned()),
-    }
-}
-
-fn read_workload(from: wire::Workload, words: &mut Words) -> Result<Workload, String> {
-    if from.uid.is_empty() {
-        return Err("uid is empty".to_owned());
-    }
-    let mut addresses = Vec::with_capacity(from.addresses.len());
-    for bytes in &from.addresses {
-        let ip = address(bytes).map_err(|reason| within("addresses", reason))?;
-        if !addresses.contains(&ip) {
-            addresses.push(ip);
-        }
-    }
+/// What a workload shares with its replicas. The fields that are its own are not looked at.
+pub(super) fn read_profile(from: wire::Workload, words: &mut Words) -> Result<Profile, String> {
     let mut services = Vec::with_capacity(from.services.len());
     for (key, ports) in &from.services {
         let (namespace, hostname) = key.split_once('/').ok_or_else(|| format!("services: {:?} is not namespace/hostname", shown(key)))?;
@@ -82,7 +63,7 @@ fn read_workload(from: wire::Workload, words: &mut Words) -> Result<Workload, St
     // In the order in which a snapshot keeps them: equal rows look alike.
     services.sort_by(|(left, _), (right, _)| left.cmp(right));
     let locality = from.locality.unwrap_or_default();
-    let profile = Profile {
+    Ok(Profile {
         namespace: words.get(&from.namespace),
         network: words.get(&from.network),
         protocol: tunnel_protocol(from.tunnel_protocol)?,
@@ -105,23 +86,17 @@ fn read_workload(from: wire::Workload, words: &mut Words) -> Result<Workload, St
             wire::NetworkMode::HostNetwork => NetworkMode::HostNetwork,
         },
         identity: crate::model::KnownIdentity::default(),
-    };
-    Ok(Workload {
-        uid: from.uid.into(),
-        name: from.name.into(),
-        addresses,
-        node: words.get(&from.node),
-        hostname: words.get(&from.hostname),
-        status: match known("status", wire::WorkloadStatus::try_from(from.status))? {
-            wire::WorkloadStatus::Healthy => HealthStatus::Healthy,
-            wire::WorkloadStatus::Unhealthy => HealthStatus::Unhealthy,
-        },
-        capacity: from.capacity.unwrap_or(1),
-        profile: Arc::new(profile),
     })
 }
 
-fn read_service(from: wire::Service, words: &mut Words) -> Result<Service, String> {
+pub(super) fn status(number: i32) -> Result<HealthStatus, String> {
+    match known("status", wire::WorkloadStatus::try_from(number))? {
+        wire::WorkloadStatus::Healthy => Ok(HealthStatus::Healthy),
+        wire::WorkloadStatus::Unhealthy => Ok(HealthStatus::Unhealthy),
+    }
+}
+
+pub(super) fn read_service(from: wire::Service, words: &mut Words) -> Result<Service, String> {
     for (field, text) in [("namespace", &from.namespace), ("hostname", &from.hostname)] {
         if text.is_empty() || text.contains('/') {
             return Err(format!("{field} is {:?}, not a name without '/'", shown(text)));

@@ -21,6 +21,8 @@ const MAX_MESSAGE: usize = 200 << 20;
 const REQUESTS: usize = 16;
 /// A stream on which nothing has come for this long since it was opened is given up. istiod answers every first request, if only with nothing.
 const FIRST_ANSWER: Duration = Duration::from_secs(120);
+/// A server that does not read our requests for this long does not live, whatever its HTTP/2 says.
+const SEND_LIMIT: Duration = Duration::from_secs(30);
 /// A stream that lived so long was a good one: the next is opened at once.
 const GOOD_LIFE: Duration = Duration::from_secs(1);
 /// Pushes of more resources than this are applied on a thread of their own: this one has other work that must not wait.
@@ -299,9 +301,13 @@ fn silent() -> Status {
     Status::deadline_exceeded(format!("no answer within {FIRST_ANSWER:?}"))
 }
 
-/// Waits until the connection takes a request; an error if it never will.
+/// Waits until the connection takes a request; an error if it does not.
 async fn send(requests: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) -> Result<(), Status> {
-    requests.send(request).await.map_err(|_| Status::unknown("the server takes no more requests"))
+    let refused = |error| match error {
+        mpsc::error::SendTimeoutError::Timeout(_) => Status::deadline_exceeded(format!("the server took no request for {SEND_LIMIT:?}")),
+        mpsc::error::SendTimeoutError::Closed(_) => Status::unknown("the server takes no more requests"),
+    };
+    requests.send_timeout(request, SEND_LIMIT).await.map_err(refused)
 }
 
 /// First what is given up: a name that is given up and wanted again is then new to the server.
@@ -311,4 +317,57 @@ fn requests_for(news: News) -> impl Iterator<Item = DeltaDiscoveryRequest> {
     let given_up = DeltaDiscoveryRequest { resource_names_unsubscribe: names(news.unsubscribe), ..address() };
     let wanted = DeltaDiscoveryRequest { resource_names_subscribe: names(news.subscribe), ..address() };
     [given_up, wanted].into_iter().filter(|request| !(request.resource_names_subscribe.is_empty() && request.resource_names_unsubscribe.is_empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::super::DEFAULT_BACKOFF;
+    use super::*;
+
+    /// A thousand proxies whose control plane was gone for ten minutes: when each of them comes back.
+    #[test]
+    fn clients_that_come_back_after_ten_minutes_come_one_by_one() {
+        let gone = Duration::from_secs(600);
+        let back = |_| {
+            let (mut waits, mut now) = (DEFAULT_BACKOFF, Duration::ZERO);
+            while now < gone {
+                now += waits.next_delay();
+            }
+            now - gone
+        };
+        let mut times: Vec<Duration> = (0..1000).map(back).collect();
+        times.sort_unstable();
+        let span = times[990] - times[10];
+        assert!(span >= Duration::from_secs(5), "all within {span:?}");
+        for from in &times {
+            let together = times.iter().filter(|time| **time >= *from && **time < *from + Duration::from_millis(100)).count();
+            assert!(together <= 50, "{together} of 1000 within 100 ms");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_stream_has_the_reason_of_the_reference() {
+        let status = |code, message: &str| End::Status(Status::new(code, message)).reason();
+        for code in [Code::Unknown, Code::Cancelled, Code::DeadlineExceeded] {
+            assert_eq!(status(code, "anything"), "Reconnect");
+        }
+        assert_eq!(status(Code::Unavailable, "transport is closing"), "Reconnect");
+        assert_eq!(status(Code::Unavailable, "received prior goaway: code: NO_ERROR"), "Reconnect");
+        assert_eq!(status(Code::Unavailable, "server is not ready"), "Error");
+        assert_eq!(status(Code::Unauthenticated, ""), "Error");
+        assert_eq!(End::Complete.reason(), "Complete");
+        let unreachable = grpc::Error::Unreachable { address: "a:1".into(), problem: "refused".into() };
+        assert_eq!(End::Unopened(unreachable).reason(), "ConnectionError");
+        let roots = grpc::Error::Roots { origin: "in x".into(), problem: "none".into() };
+        assert_eq!(End::Unopened(roots).reason(), "Error");
+    }
+
+    #[test]
+    fn what_is_given_up_is_told_before_what_is_wanted() {
+        let names = |name: &str| std::iter::once(crate::model::Text::from(name)).collect();
+        let both: Vec<_> = requests_for(News { unsubscribe: names("a"), subscribe: names("a") }).collect();
+        assert_eq!((&both[0].resource_names_unsubscribe[..], &both[1].resource_names_subscribe[..]), (&["a".to_owned()][..], &["a".to_owned()][..]));
+        assert_eq!(requests_for(News::default()).count(), 0);
+    }
 }

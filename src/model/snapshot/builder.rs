@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::index::grouped;
+use super::intern::Adopted;
 use super::{Snapshot, Tables, bits};
 use crate::model::{NetworkMode, Profile, Service, Text, Workload, canonical};
 
@@ -15,13 +16,14 @@ use crate::model::{NetworkMode, Profile, Service, Text, Workload, canonical};
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotBuilder {
     tables: Tables,
+    adopted: Adopted,
 }
 
 impl Snapshot {
     /// Continues from this snapshot.
     #[must_use]
     pub fn edit(&self) -> SnapshotBuilder {
-        SnapshotBuilder { tables: Tables::clone(&self.0) }
+        SnapshotBuilder { tables: Tables::clone(&self.0), adopted: Adopted::default() }
     }
 }
 
@@ -38,12 +40,17 @@ impl SnapshotBuilder {
         self
     }
 
-    /// Adds or replaces a workload by its uid.
-    pub fn insert_workload(&mut self, mut workload: Workload) {
+    /// Adds or replaces a workload by its uid. Workloads that come with one and the same profile are cheaper than those with equal ones.
+    pub fn insert_workload(&mut self, workload: Workload) {
+        self.put_workload(workload);
+    }
+
+    /// [`SnapshotBuilder::insert_workload`]; says whether it made a difference.
+    pub fn put_workload(&mut self, mut workload: Workload) -> bool {
         normalise(&mut workload);
         let known = self.tables.workload(&workload.uid).cloned();
         if known.as_deref() == Some(&workload) {
-            return;
+            return false;
         }
         match known {
             // The usual change, of health or capacity: all keys and shared parts stay, the row takes the place of the old one.
@@ -53,27 +60,34 @@ impl SnapshotBuilder {
             }
             // First adopt, then release: what both rows share is not forgotten in between.
             Some(known) => {
-                self.tables.interner.adopt_workload(&mut workload);
+                self.tables.interner.adopt_workload(&mut workload, &mut self.adopted);
                 self.tables.unlink_workload(&known);
             }
-            None => self.tables.interner.adopt_workload(&mut workload),
+            None => self.tables.interner.adopt_workload(&mut workload, &mut self.adopted),
         }
         self.tables.link_workload(&Arc::new(workload));
+        true
     }
 
     /// Adds or replaces a service by its key.
-    pub fn insert_service(&mut self, mut service: Service) {
+    pub fn insert_service(&mut self, service: Service) {
+        self.put_service(service);
+    }
+
+    /// [`SnapshotBuilder::insert_service`]; says whether it made a difference.
+    pub fn put_service(&mut self, mut service: Service) -> bool {
         service.vips.iter_mut().for_each(|vip| vip.ip = canonical(vip.ip));
         service.cidr_vips.iter_mut().for_each(|(_, prefix)| *prefix = prefix.trunc());
         let known = self.tables.service(&service.namespace, &service.hostname).cloned();
         if known.as_deref() == Some(&service) {
-            return;
+            return false;
         }
         self.tables.interner.adopt_service(&mut service);
         if let Some(known) = known {
             self.tables.unlink_service(&known);
         }
         self.tables.link_service(&Arc::new(service));
+        true
     }
 
     /// Removes a workload by uid, or a service by `namespace/hostname`; says whether anything was removed (reference,

@@ -1,5 +1,6 @@
 //! One allocation for every repeated text and profile, forgotten with its last user.
 
+use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
@@ -24,22 +25,46 @@ struct Counted<T> {
     users: u32,
 }
 
+/// Which shared profile stands for a profile that several workloads came with, so that it is hashed and compared once. The key is its address;
+/// it is kept, so that no other can have that.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Adopted(HashMap<usize, (Arc<Profile>, Arc<Profile>, u64), RandomState>);
+
 impl Interner {
     /// Replaces the repeated parts of a workload by the shared ones.
-    pub(super) fn adopt_workload(&mut self, workload: &mut Workload) {
+    pub(super) fn adopt_workload(&mut self, workload: &mut Workload, adopted: &mut Adopted) {
         self.adopt_word(&mut workload.node);
         self.adopt_word(&mut workload.hostname);
         let profile = &mut workload.profile;
+        let address = Arc::as_ptr(profile).addr();
+        if let Some((_, shared, key)) = adopted.0.get(&address)
+            && let Some(known) = self.profiles.row_mut(*key, |known| Arc::ptr_eq(&known.item, shared))
+        {
+            known.users += 1;
+            *profile = known.item.clone();
+            return;
+        }
+        // Only a profile that others have too will be met again.
+        let given = (Arc::strong_count(profile) > 1).then(|| profile.clone());
+        let key = self.adopt_profile(profile);
+        if let Some(given) = given {
+            adopted.0.insert(address, (given, profile.clone(), key));
+        }
+    }
+
+    /// Says under which key it is kept.
+    fn adopt_profile(&mut self, profile: &mut Arc<Profile>) -> u64 {
         let key = self.seed.hash_one(&**profile);
         if let Some(known) = self.profiles.row_mut(key, |known| known.item == *profile) {
             known.users += 1;
             *profile = known.item.clone();
-            return;
+            return key;
         }
         let mut own = Profile::clone(profile);
         each_word_of_profile(&mut own, &mut |word| self.adopt_word(word));
         *profile = Arc::new(own);
         self.profiles.put(key, Counted { item: profile.clone(), users: 1 }, |_| false);
+        key
     }
 
     /// The counterpart of [`Interner::adopt_workload`].

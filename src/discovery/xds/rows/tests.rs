@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use bytes::Bytes;
+use prost::Message;
 
+use super::super::reader::Reader;
 use super::*;
 
 fn workload() -> wire::Workload {
@@ -13,7 +15,11 @@ fn service() -> wire::Service {
 }
 
 fn read(from: wire::Workload) -> Result<Workload, String> {
-    read_workload(from, &mut Words::default())
+    let address = wire::Address { r#type: Some(wire::AddressType::Workload(from)) };
+    match Reader::default().row(&address.encode_to_vec().into())? {
+        Row::Workload(workload) => Ok(workload),
+        Row::Service(service) => panic!("{service:?}"),
+    }
 }
 
 fn read_vip(address: &[u8], length: Option<u32>) -> Result<Service, String> {
@@ -23,11 +29,11 @@ fn read_vip(address: &[u8], length: Option<u32>) -> Result<Service, String> {
 
 #[test]
 fn a_workload_that_says_little_has_the_defaults_of_the_reference() {
-    let read = read(workload()).unwrap();
+    let found = read(workload()).unwrap();
     let expected = Profile { namespace: "shop".into(), ..Profile::default() };
-    assert_eq!(*read.profile, expected);
-    assert_eq!((read.capacity, read.status, read.addresses.len()), (1, HealthStatus::Healthy, 0));
-    assert_eq!(read_workload(wire::Workload { capacity: Some(0), ..workload() }, &mut Words::default()).unwrap().capacity, 0);
+    assert_eq!(*found.profile, expected);
+    assert_eq!((found.capacity, found.status, found.addresses.len()), (1, HealthStatus::Healthy, 0));
+    assert_eq!(read(wire::Workload { capacity: Some(0), ..workload() }).unwrap().capacity, 0);
 }
 
 #[test]
@@ -108,7 +114,6 @@ fn what_no_look_up_could_use_refuses_the_resource() {
     ] {
         assert!(read_service(from.clone(), &mut Words::default()).is_err(), "{from:?}");
     }
-    assert_eq!(row(wire::Address { r#type: None }, &mut Words::default()), Err("neither a workload nor a service".to_owned()));
     assert!(ports_of(&read(ports(80, 0)).unwrap()).eq([(80, 0)]), "a named port");
 }
 
@@ -146,11 +151,4 @@ fn a_gateway_without_a_port_has_the_usual_one() {
     let waypoint = wire::GatewayAddress { destination: Some(wire::Destination::Hostname(hostname)), hbone_mtls_port: 0 };
     let read = read(wire::Workload { waypoint: Some(waypoint), ..workload() }).unwrap();
     assert_eq!(read.profile.waypoint.as_ref().unwrap().hbone_port, 15008);
-}
-
-#[test]
-fn words_that_repeat_are_one_allocation() {
-    let mut words = Words::default();
-    let (one, two) = (read_workload(workload(), &mut words).unwrap(), read_workload(workload(), &mut words).unwrap());
-    assert!(std::ptr::eq(one.profile.namespace.as_str(), two.profile.namespace.as_str()));
 }
