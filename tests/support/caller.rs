@@ -323,31 +323,29 @@ async fn echo(mut receive: RecvStream, mut send: SendStream<Bytes>) {
 async fn pass_on(mut receive: RecvStream, mut send: SendStream<Bytes>, socket: TcpStream) {
     socket.set_nonblocking(true).unwrap();
     let (mut read, mut write) = tokio::net::TcpStream::from_std(socket).unwrap().into_split();
+    // What breaks one direction breaks the other.
     let up = async {
         while let Some(data) = receive.data().await {
-            let Ok(data) = data else {
-                // A reset, which must not look like an end.
-                socket2::SockRef::from(write.as_ref()).set_linger(Some(Duration::ZERO)).unwrap();
-                return;
-            };
+            let data = data.map_err(drop)?;
             let _ = receive.flow_control().release_capacity(data.len());
-            if write.write_all(&data).await.is_err() {
-                return;
-            }
+            write.write_all(&data).await.map_err(drop)?;
         }
-        let _ = write.shutdown().await;
+        write.shutdown().await.map_err(drop)
     };
     let down = async {
         let mut buffer = vec![0; 16 << 10];
         loop {
-            match read.read(&mut buffer).await {
-                Ok(0) => return drop(send.send_data(Bytes::new(), true)),
-                Ok(count) if send.send_data(Bytes::copy_from_slice(&buffer[..count]), false).is_ok() => {}
-                _ => return send.send_reset(Reason::CANCEL),
+            match read.read(&mut buffer).await.map_err(drop)? {
+                0 => return send.send_data(Bytes::new(), true).map_err(drop),
+                count => send.send_data(Bytes::copy_from_slice(&buffer[..count]), false).map_err(drop)?,
             }
         }
     };
-    tokio::join!(up, down);
+    if tokio::try_join!(up, down).is_err() {
+        send.send_reset(Reason::CANCEL);
+        // It must not look like an end.
+        socket2::SockRef::from(write.as_ref()).set_linger(Some(Duration::ZERO)).unwrap();
+    }
 }
 
 /// A server of tunnels.
