@@ -13,6 +13,9 @@ use tokio::time::Instant;
 const FLOOR: u32 = 256 << 10;
 /// Window of a new tunnel while the node is quiet, bytes; also the least to which a tunnel shrinks.
 const START: u32 = 1 << 20;
+/// Window of a new tunnel that we have opened while most of the budget is free, bytes: servers may have much to say at once, and there are some that drop
+/// what our window does not take when they hang up (Envoy). A stream of it begins with a quarter of this.
+const START_OPENED: u32 = 4 << 20;
 /// Smallest receive window of a stream, bytes: that of a fresh HTTP/2 connection.
 const MIN_STREAM: u32 = 65_535;
 /// A stream window's worth within this time means that the window and not the sender is the limit, for round trips up to it.
@@ -72,10 +75,15 @@ fn beyond_floor(window: u32) -> u64 {
 }
 
 impl Share {
-    fn take(budget: ReceiveBudget, full: u32) -> Self {
+    fn take(budget: ReceiveBudget, full: u32, opened: bool) -> Self {
         let mut given = budget.given();
-        let quiet = given.bytes.saturating_add(beyond_floor(START)) <= budget.0.total / 2;
-        let window = if quiet { START } else { FLOOR }.min(full);
+        let fits = |window, part| given.bytes.saturating_add(beyond_floor(window)) <= budget.0.total / part;
+        let window = match opened {
+            true if fits(START_OPENED, 4) => START_OPENED,
+            _ if fits(START, 2) => START,
+            _ => FLOOR,
+        };
+        let window = window.min(full);
         given.bytes += beyond_floor(window);
         given.large += u64::from(window > FLOOR);
         drop(given);
@@ -151,10 +159,10 @@ pub(super) struct Windows {
 }
 
 impl Windows {
-    /// For a tunnel that may have windows of up to `full` bytes, and its streams up to `full_stream`.
-    pub(super) fn new(budget: &ReceiveBudget, full: u32, full_stream: u32) -> Self {
+    /// For a tunnel that may have windows of up to `full` bytes, and its streams up to `full_stream`; `opened` if by us.
+    pub(super) fn new(budget: &ReceiveBudget, (full, full_stream): (u32, u32), opened: bool) -> Self {
         let now = Instant::now();
-        let share = Share::take(budget.clone(), full);
+        let share = Share::take(budget.clone(), full, opened);
         Self { share, full, full_stream, seen: 0, measured_from: (0, now), shrunk_at: now }
     }
 

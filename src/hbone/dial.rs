@@ -223,7 +223,7 @@ impl ClientTunnel {
     pub(super) async fn open(&self, slot: StreamSlot, request: &ConnectRequest) -> Result<(TunnelStream, ConnectResponse), OpenError> {
         let (answer, answered) = oneshot::channel();
         let gone = || Error::Tunnel("the tunnel is gone".into());
-        if self.inbox.send(Command::Open { block: request.block(), answer }).is_err() {
+        if self.inbox.send(Command::Open { block: request.block(), reset_is_end: request.reset_is_end, answer }).is_err() {
             return Err(self.unusable(gone()));
         }
         let waiting = Waiting(&self.inbox);

@@ -16,6 +16,10 @@ pub struct ConnectRequest {
     pub traceparent: Option<String>,
     /// `x-forwarded-network`: set by the sender of double HBONE.
     pub forwarded_network: Option<String>,
+    /// Not sent. A peer that terminates the connection, such as Envoy as a waypoint, ends its streams with RST_STREAM(CONNECT_ERROR) when it is done,
+    /// and the reference takes that for an end. Where this is set we do too, unless the peer may have had more: unless it was waiting for our
+    /// window. Elsewhere it is a reset (RFC 9113 §8.5).
+    pub reset_is_end: bool,
 }
 
 /// What came with a 200.
@@ -154,7 +158,14 @@ impl Fields {
         }
         let authority = String::from_utf8_lossy(self.authority.as_deref().unwrap_or_default()).parse::<Authority>()?;
         let baggage = self.baggage();
-        Ok(ConnectRequest { authority, baggage, forwarded: self.forwarded, traceparent: self.traceparent, forwarded_network: self.network })
+        Ok(ConnectRequest {
+            authority,
+            baggage,
+            forwarded: self.forwarded,
+            traceparent: self.traceparent,
+            forwarded_network: self.network,
+            reset_is_end: false,
+        })
     }
 }
 
@@ -261,6 +272,7 @@ mod tests {
             forwarded: Some("for=\"10.0.0.1:1234\"".into()),
             traceparent: Some("00-0123456789abcdef0123456789abcdef-0123456789abcdef-00".into()),
             forwarded_network: Some("blue".into()),
+            reset_is_end: false,
         };
         let mut fields = Fields::default();
         assert!(hpack::Decoder::default().decode(&sent.block(), 8192, |name, value| fields.add(name, value)).unwrap());

@@ -134,14 +134,16 @@ async fn establish(pod: &PodProxy, journey: &Journey) -> Result<Upstream, Error>
         Route::Passthrough { .. } | Route::Tcp { .. } => {
             pod.sockets.connect(next_hop(&journey.route)).await.map(Upstream::Plain).map_err(Error::Connect)
         }
-        Route::Hbone { workload, authority, expected, .. } => {
+        Route::Hbone { workload, authority, expected, waypoint, .. } => {
             let (key, credential, request) = prepare(pod, journey, (workload, expected, authority)).await?;
+            let request = ConnectRequest { reset_is_end: *waypoint, ..request };
             let (stream, _answer, _peer) = pod.pool.open(&key, &credential, &request).await?;
             Ok(Upstream::Tunnel(stream, None))
         }
-        Route::Beyond { gateway, authority, gateway_expected, expected, next_hop, .. } => {
+        Route::Beyond { gateway, authority, gateway_expected, expected, next_hop, waypoint, .. } => {
             let (key, credential, outer) = prepare(pod, journey, (gateway, gateway_expected, authority)).await?;
-            let request = ConnectRequest { forwarded_network: Some(pod.node.config.route.network.to_string()), ..outer.clone() };
+            let network = pod.node.config.route.network.to_string();
+            let request = ConnectRequest { forwarded_network: Some(network), reset_is_end: *waypoint, ..outer.clone() };
             let (stream, answer, peer) = pod.pool.open_within(&key, &credential, &outer, Inner { expected, request: &request }).await?;
             let baggage = answer.baggage.filter(|_| pod.node.config.baggage).map(Box::new);
             Ok(Upstream::Tunnel(stream, Some(PeerFacts { address: *next_hop, workload: None, identity: Some(peer), baggage })))
@@ -171,6 +173,7 @@ async fn prepare(
         forwarded: Some(forwarded(journey.client, service(&journey.route).map(|service| &service.hostname))),
         traceparent: Some(traceparent(&mut rand::rng())),
         forwarded_network: None,
+        reset_is_end: false,
     };
     Ok((key, credential, request))
 }

@@ -70,6 +70,8 @@ pub enum Route {
         authority: Authority,
         /// Who may answer: the workload, or any further name of the service through which it was chosen. Never empty.
         expected: Vec<SpiffeId>,
+        /// Whether the workload is a waypoint and not the destination itself.
+        waypoint: bool,
     },
     /// To a workload of another network: through a tunnel to the gateway of that network, and a second tunnel within the first.
     Beyond {
@@ -85,6 +87,8 @@ pub enum Route {
         gateway_expected: Vec<SpiffeId>,
         /// Who may answer behind it: a SPIFFE name of the service that the workload (or waypoint) was chosen for. Never empty.
         expected: Vec<SpiffeId>,
+        /// Whether a waypoint answers there.
+        waypoint: bool,
     },
 }
 
@@ -288,7 +292,7 @@ impl Call<'_> {
     fn to_waypoint(&self, instance: gateway::Instance, service: Option<Arc<Service>>) -> Result<Route, RouteError> {
         let next_hop = instance.address(self.destination)?;
         let expected = expected_identities(&instance.workload, instance.service.as_deref())?;
-        Ok(Route::Hbone { workload: instance.workload, service, next_hop, authority: Authority::Address(self.destination), expected })
+        Ok(Route::Hbone { workload: instance.workload, service, next_hop, authority: Authority::Address(self.destination), expected, waypoint: true })
     }
 
     /// To an address of a service; `own` if it is an address of a workload as well, which decides about waypoints. Fails where the reference goes
@@ -339,6 +343,7 @@ impl Call<'_> {
             gateway: instance.workload,
             authority: Authority::Host(service.hostname.clone(), self.destination.port()),
             service: service.clone(),
+            waypoint: own.is_some_and(|own| own.key() != service.key()),
             expected,
         })
     }
@@ -351,7 +356,7 @@ fn connect(workload: Arc<Workload>, service: Option<Arc<Service>>, address: Sock
         TunnelProtocol::Hbone => {
             let expected = expected_identities(&workload, service.as_deref())?;
             let next_hop = SocketAddr::new(address.ip(), HBONE_PORT);
-            Ok(Route::Hbone { workload, service, next_hop, authority: Authority::Address(address), expected })
+            Ok(Route::Hbone { workload, service, next_hop, authority: Authority::Address(address), expected, waypoint: false })
         }
     }
 }

@@ -49,8 +49,8 @@ fn the_end_of_the_servers_direction_leaves_the_other_open() {
 #[test]
 fn an_end_with_which_envoy_resets_the_stream_is_clean_only_if_all_came_before_it() {
     // As a server Envoy keeps no half of a stream open. When its application is done, it sends what our window takes: if that is all,
-    // END_STREAM and RST_STREAM(NO_ERROR), else it drops the rest and sends RST_STREAM(INTERNAL_ERROR). Our window begins with 256 KiB.
-    const WHOLE: usize = 200_000;
+    // END_STREAM and RST_STREAM(NO_ERROR), else it drops the rest and sends RST_STREAM(INTERNAL_ERROR). Our window begins with 1 MiB.
+    const WHOLE: usize = 1_000_000;
     const CUT: usize = 8 << 20;
     let Some(ground) = Ground::up() else { return };
     let listener = ground.listen(Role::Server, 9000);

@@ -264,6 +264,7 @@ impl Client {
                     forwarded: None,
                     traceparent: None,
                     forwarded_network: None,
+                    reset_is_end: false,
                 };
                 let (stream, _, _) = client.pool.open(&client.key, &client.credential, &request).await.ok()?;
                 let (near, far) = application().await;

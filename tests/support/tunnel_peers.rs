@@ -536,5 +536,12 @@ impl OurClient {
 }
 
 pub fn request() -> ConnectRequest {
-    ConnectRequest { authority: "10.0.0.2:80".parse().unwrap(), baggage: None, forwarded: None, traceparent: None, forwarded_network: None }
+    ConnectRequest {
+        authority: "10.0.0.2:80".parse().unwrap(),
+        baggage: None,
+        forwarded: None,
+        traceparent: None,
+        forwarded_network: None,
+        reset_is_end: false,
+    }
 }

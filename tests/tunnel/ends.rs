@@ -434,3 +434,52 @@ async fn nothing_is_sent_before_the_200() {
     application.unwrap().send(b"now").await;
     assert_eq!(soon(peer.expect(DATA, 1)).await.payload, b"now");
 }
+
+/// What our application sees when its peer sends this much and then RST_STREAM, with an application that reads, or not, before the end.
+async fn after_reset(reset_is_end: bool, send: u32, code: u32) -> (usize, Result<(), std::io::ErrorKind>) {
+    let realm = Realm::new();
+    let (listener, address) = listen().await;
+    let client = OurClient::to(address, &realm, Config::default()).await;
+    let request = culvert::hbone::ConnectRequest { reset_is_end, ..crate::tunnel_peers::request() };
+    let opened = async { soon(client.pool.open(&client.key, &client.credential, &request)).await.unwrap().0 };
+    let serve = async {
+        let credential = realm.credential("server").await;
+        let mut peer = RawPeer::server(tls_accept(listener.accept().await.unwrap().0, &credential).await, &[]).await;
+        peer.expect_headers(1).await;
+        peer.send(&Frame::status(1, "200")).await;
+        for _ in 0..send / (16 << 10) {
+            peer.send(&Frame::data(1, vec![7; 16 << 10])).await;
+        }
+        peer.send(&Frame::data(1, vec![7; send as usize % (16 << 10)])).await;
+        peer.send(&Frame::reset(1, code)).await;
+        peer
+    };
+    let (stream, _peer) = tokio::join!(opened, serve);
+    // All of it has come before the application is there, so that no credit was given back in between.
+    let mut application = Application::behind(stream, Role::Client).await;
+    let mut got = vec![0; 64 << 10];
+    let mut total = 0;
+    loop {
+        match soon(tokio::io::AsyncReadExt::read(&mut application.socket, &mut got)).await {
+            Ok(0) => return (total, Ok(())),
+            Ok(count) => total += count,
+            Err(error) => return (total, Err(error.kind())),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reset_with_connect_error_is_an_end_only_where_the_request_says_so_and_the_peer_was_not_waiting_for_window() {
+    use std::io::ErrorKind::ConnectionReset;
+    const WINDOW: u32 = 1 << 20;
+    assert_eq!(after_reset(true, 100_000, CONNECT_ERROR).await, (100_000, Ok(())));
+    assert_eq!(after_reset(true, 1, CONNECT_ERROR).await, (1, Ok(())));
+    assert_eq!(after_reset(true, WINDOW - 1, CONNECT_ERROR).await, (WINDOW as usize - 1, Ok(())));
+    // One that has used its window up may have had more to say: the application must not take what it got for all.
+    assert_eq!(after_reset(true, WINDOW, CONNECT_ERROR).await.1, Err(ConnectionReset));
+    assert_eq!(after_reset(false, 100_000, CONNECT_ERROR).await.1, Err(ConnectionReset));
+    for code in [CANCEL, INTERNAL_ERROR] {
+        assert_eq!(after_reset(true, 100_000, code).await.1, Err(ConnectionReset));
+    }
+    assert_eq!(after_reset(false, 100_000, NO_ERROR).await, (100_000, Ok(())));
+}

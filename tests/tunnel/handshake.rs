@@ -164,7 +164,7 @@ async fn the_settings_that_we_send_are_the_agreed_ones() {
     opened.unwrap();
     let expected = [
         (raw_h2::ENABLE_PUSH, 0),
-        (raw_h2::INITIAL_WINDOW_SIZE, 256 << 10),
+        (raw_h2::INITIAL_WINDOW_SIZE, 1 << 20),
         (raw_h2::MAX_FRAME_SIZE, 1 << 20),
         (raw_h2::MAX_HEADER_LIST_SIZE, 16 << 10),
     ];

@@ -9,7 +9,7 @@ const FULL: u32 = 16 << 20;
 const FULL_STREAM: u32 = 4 << 20;
 
 fn windows(budget: &ReceiveBudget) -> Windows {
-    Windows::new(budget, FULL, FULL_STREAM)
+    Windows::new(budget, (FULL, FULL_STREAM), false)
 }
 
 /// Receives `bytes` at the speed of a peer that is stopped by its window only, in steps of a stream window.
@@ -144,4 +144,17 @@ proptest! {
         drop(tunnels);
         prop_assert_eq!(budget.promised(), 0);
     }
+}
+
+#[test]
+fn a_tunnel_that_we_open_begins_with_more_while_three_quarters_of_the_budget_are_free() {
+    let budget = ReceiveBudget::new(64 << 20);
+    let open = |opened| Windows::new(&budget, (FULL, FULL_STREAM), opened);
+    let first: Vec<Windows> = (0..5).map(|_| open(true)).collect();
+    let windows: Vec<u32> = first.iter().map(Windows::tunnel).collect();
+    assert_eq!(windows, [START_OPENED, START_OPENED, START_OPENED, START_OPENED, START]);
+    assert_eq!((first[0].stream(), open(false).tunnel()), (1 << 20, START));
+    assert_eq!(budget.promised(), 4 * u64::from(START_OPENED - FLOOR) + u64::from(START - FLOOR));
+    drop(first);
+    assert_eq!((budget.promised(), open(true).tunnel()), (0, START_OPENED));
 }

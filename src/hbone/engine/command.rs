@@ -26,8 +26,8 @@ pub(in crate::hbone) enum Answered {
 
 /// One request to the task that owns the tunnel.
 pub(in crate::hbone) enum Command {
-    /// Opens a stream with this header block.
-    Open { block: Vec<u8>, answer: oneshot::Sender<Answered> },
+    /// Opens a stream with this header block; see [`ConnectRequest::reset_is_end`](super::super::ConnectRequest::reset_is_end).
+    Open { block: Vec<u8>, reset_is_end: bool, answer: oneshot::Sender<Answered> },
     /// Answers a CONNECT of the peer; `end` refuses it.
     Answer { id: u32, block: Vec<u8>, end: bool },
     /// Gives a stream its application.

@@ -288,6 +288,7 @@ impl Tunnel {
         }
         let reason = Reason(payload.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes)));
         let Some(slot) = self.streams.slot_of(head.stream) else { return self.temper.idle_frame() };
+        let tunnel_is_used_up = self.granted.may_be_waited_for(self.receive_window);
         let Some(stream) = self.streams.at(slot) else { return Ok(()) };
         match &stream.phase {
             Phase::Asked { .. } => {
@@ -307,7 +308,8 @@ impl Tunnel {
             }
             Phase::Open | Phase::Relaying(_) => {}
         }
-        if reason == Reason::NO_ERROR {
+        let is_used_up = tunnel_is_used_up || stream.granted.may_be_waited_for(stream.receive_window);
+        if reason == Reason::NO_ERROR || (reason == Reason::CONNECT_ERROR && stream.reset_is_end && !is_used_up) {
             // A whole answer came, and the peer wants no more of ours (RFC 9113 §8.1).
             stream.received_end = true;
             stream.sent_end = true;

@@ -53,6 +53,8 @@ pub(super) use tunnel::{Next, Side, Tunnel};
 
 /// The receive window that a stream starts with at most; it grows while its application keeps up.
 const INITIAL_WINDOW: u32 = 256 << 10;
+/// The same for streams that we open.
+const INITIAL_WINDOW_OPENED: u32 = 1 << 20;
 const MAX_WINDOW: i64 = frame::MAX_WINDOW;
 /// How long a connection that is over may take to say so.
 const LINGER: Duration = Duration::from_secs(1);

@@ -263,6 +263,7 @@ impl Tunnel {
         }
         stream.owed = 0;
         stream.receive_window += i64::from(increment);
+        stream.granted.note(increment);
         let id = stream.id;
         frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, id, &increment.to_be_bytes());
     }
@@ -276,6 +277,7 @@ impl Tunnel {
             && let Ok(increment) = u32::try_from(increment)
         {
             self.receive_window += i64::from(increment);
+            self.granted.note(increment);
             frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, 0, &increment.to_be_bytes());
         }
     }

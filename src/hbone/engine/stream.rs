@@ -119,6 +119,10 @@ pub(super) struct Stream {
     pub(super) send_window: i64,
     /// Octets that the peer may still send.
     pub(super) receive_window: i64,
+    /// The last credit that the peer was given.
+    pub(super) granted: Granted,
+    /// What a reset with CONNECT_ERROR means; see [`ConnectRequest::reset_is_end`](crate::hbone::ConnectRequest::reset_is_end).
+    pub(super) reset_is_end: bool,
     /// Octets that the application took and the peer has no credit for yet.
     pub(super) owed: u32,
     /// The window that we want the peer to have; grows while the application keeps up.
@@ -135,6 +139,23 @@ pub(super) struct Stream {
     pub(super) sparse: bool,
     /// Received and not yet taken by the application.
     pub(super) backlog: Backlog,
+}
+
+/// The two increments of a window that were sent last: the peer may not have seen them yet.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Granted([u32; 2]);
+
+impl Granted {
+    pub(super) fn note(&mut self, increment: u32) {
+        self.0 = [increment, self.0[0]];
+    }
+
+    /// Whether a peer with `window` left of what we have granted may be one that waits for more: it has used exactly what it had, now or before our
+    /// last words reached it.
+    pub(super) fn may_be_waited_for(&self, window: i64) -> bool {
+        let [last, before] = self.0.map(i64::from);
+        window <= 0 || window == last || window == last + before
+    }
 }
 
 /// Bytes that the application has not taken yet. Empty, it owns no memory.
@@ -183,6 +204,8 @@ impl Stream {
             phase,
             send_window,
             receive_window: i64::from(receive_window),
+            granted: Granted::default(),
+            reset_is_end: false,
             owed: 0,
             target_window: receive_window,
             sent_end: false,

@@ -22,9 +22,9 @@ use super::frame::{self, Reason, Walker};
 use super::frozen::Freeze;
 use super::headers::HeaderBlock;
 use super::ready::{Inbox, StreamWaker};
-use super::stream::{Application, Phase, Stream, Streams, Wakes};
+use super::stream::{Application, Granted, Phase, Stream, Streams, Wakes};
 use super::temper::Temper;
-use super::{Asked, Established, INITIAL_WINDOW};
+use super::{Asked, Established, INITIAL_WINDOW, INITIAL_WINDOW_OPENED};
 use crate::forward::Ended;
 use crate::forward::record::{Opener, Sealer};
 use crate::forward::slab::Slab;
@@ -110,6 +110,8 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) limit_known: bool,
     pub(super) send_window: i64,
     pub(super) receive_window: i64,
+    /// The last credit that the peer was given for the tunnel.
+    pub(super) granted: Granted,
     /// Octets that wait for applications, of all streams.
     pub(super) backlog: usize,
     pub(super) streams: Streams,
@@ -117,7 +119,7 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) senders: VecDeque<u32>,
     /// For so many fills more, streams that send little are thought to share the tunnel with bulk.
     pub(super) mixed: u16,
-    pub(super) waiting: VecDeque<(Vec<u8>, oneshot::Sender<Answered>)>,
+    pub(super) waiting: VecDeque<(Vec<u8>, bool, oneshot::Sender<Answered>)>,
     pub(super) next_id: u32,
     pub(super) last_peer_id: u32,
     pub(super) temper: Temper,
@@ -145,8 +147,10 @@ impl Tunnel {
             Side::Server => (Vec::new(), frame::PREFACE.len()),
         };
         let timer = Box::pin(tokio::time::sleep(endpoint.config.handshake_deadline));
-        let windows = Windows::new(&endpoint.budget, endpoint.config.connection_window, endpoint.config.stream_window);
-        let stream_window = windows.stream().min(INITIAL_WINDOW);
+        let full = (endpoint.config.connection_window, endpoint.config.stream_window);
+        let windows = Windows::new(&endpoint.budget, full, side == Side::Client);
+        let most = if side == Side::Client { INITIAL_WINDOW_OPENED } else { INITIAL_WINDOW };
+        let stream_window = windows.stream().min(most);
         let sealer = sealer.with_key_limit(endpoint.records_per_key);
         let mut tunnel = Box::new(Self {
             socket,
@@ -171,6 +175,7 @@ impl Tunnel {
             limit_known: false,
             send_window: i64::from(frame::DEFAULT_WINDOW),
             receive_window: i64::from(frame::DEFAULT_WINDOW),
+            granted: Granted::default(),
             backlog: 0,
             streams: Streams::default(),
             senders: VecDeque::new(),
@@ -248,7 +253,7 @@ impl Tunnel {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Open { block, answer } => self.waiting.push_back((block, answer)),
+            Command::Open { block, reset_is_end, answer } => self.waiting.push_back((block, reset_is_end, answer)),
             Command::Answer { id, block, end } => self.answer(id, &block, end),
             Command::Attach(attach) => self.attach(*attach),
             Command::Reset { id, reason } => {
@@ -268,7 +273,7 @@ impl Tunnel {
 
     /// Opens what waits, as far as the peer's limit allows.
     pub(super) fn open_waiting(&mut self) {
-        while let Some((block, answer)) = self.waiting.pop_front() {
+        while let Some((block, reset_is_end, answer)) = self.waiting.pop_front() {
             if answer.is_closed() {
                 continue;
             }
@@ -277,13 +282,15 @@ impl Tunnel {
                 continue;
             }
             if self.streams.len() >= self.peer.max_streams as usize {
-                self.waiting.push_front((block, answer));
+                self.waiting.push_front((block, reset_is_end, answer));
                 return;
             }
             let id = self.next_id;
             self.next_id += 2;
             frame::put(&mut self.control, frame::HEADERS, frame::END_HEADERS, id, &block);
-            self.streams.insert(Stream::new(id, Phase::Asking(answer), self.peer.initial_window, self.stream_window));
+            let mut stream = Stream::new(id, Phase::Asking(answer), self.peer.initial_window, self.stream_window);
+            stream.reset_is_end = reset_is_end;
+            self.streams.insert(stream);
         }
     }
 

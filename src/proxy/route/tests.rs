@@ -95,10 +95,12 @@ fn shown(route: Result<Route, RouteError>) -> String {
     match route {
         Ok(Route::Passthrough { destination, service }) => format!("passthrough {destination}{}", named(service)),
         Ok(Route::Tcp { workload, service, address }) => format!("tcp {} {address}{}", workload.name, named(service)),
-        Ok(Route::Hbone { workload, service, next_hop, authority, expected }) => {
+        Ok(Route::Hbone { workload, service, next_hop, authority, expected, waypoint }) => {
+            assert_eq!(waypoint, ["way", "lone"].contains(&workload.name.as_str()) && authority != Authority::Address(next_hop), "{authority}");
             format!("hbone {} {next_hop} for {authority}{} as {}", workload.name, named(service), accounts(expected))
         }
-        Ok(Route::Beyond { gateway, service, next_hop, authority, gateway_expected, expected }) => {
+        Ok(Route::Beyond { gateway, service, next_hop, authority, gateway_expected, expected, waypoint }) => {
+            assert_eq!(waypoint, service.waypoint.is_some());
             let (outer, inner) = (accounts(gateway_expected), accounts(expected));
             format!("beyond {} {next_hop} for {authority} of {} as {outer} then {inner}", gateway.name, service.hostname)
         }
