@@ -3,6 +3,8 @@
 
 #[path = "support/bulk.rs"]
 mod bulk;
+#[path = "support/caller.rs"]
+mod caller;
 #[path = "support/mesh.rs"]
 mod mesh;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
@@ -15,3 +17,5 @@ mod ends;
 mod ground;
 #[path = "envoy/traffic.rs"]
 mod traffic;
+#[path = "envoy/waypoint.rs"]
+mod waypoint;

@@ -10,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args as ClapArgs, Subcommand};
 
-use crate::lab::{self, Base, FABRIC, Lab, LabState, Launch, Place, Status, Wiring, programs, wire_look};
+use crate::lab::demo::Launcher;
+use crate::lab::{self, Base, FABRIC, Lab, LabState, Launch, Means, Place, Status, Wiring, programs, wire_look};
 
 /// A mesh in a box. As root, or as any user where the kernel allows user namespaces; the machine's own network is never touched.
 #[derive(Debug, ClapArgs)]
@@ -204,8 +205,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
                 (None, Some(pod)) => Place::Pod(pod),
                 _ => bail!("say a pod or --node, not both"),
             };
-            let path = std::env::var("PATH").unwrap_or_default();
-            Ok(exit_code(lab::enter_and_run(&find(&which)?, place, &command, &path)?))
+            Ok(exit_code(lab::enter_and_run(&find(&which)?, place, &command, &search_path())?))
         }
         Command::Status { json, which } => {
             let status = find(&which)?.status()?;
@@ -242,7 +242,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Supervise { name, leash, files } => Ok(exit_code(lab::supervise(&base, &name, program, leash, wiring(files)))),
+        Command::Supervise { name, leash, files } => {
+            let means = Means { program, search_path: search_path(), wiring: wiring(files) };
+            Ok(exit_code(lab::supervise(&base, &name, means, leash)))
+        }
         Command::Bench(args) => {
             watch_interrupts()?;
             bench::run(&args, &program, &base, &|| INTERRUPTED.load(Ordering::Relaxed))
@@ -254,6 +257,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 fn wiring(files: bool) -> Wiring {
     if files { Wiring::Files } else { Wiring::Control }
+}
+
+fn search_path() -> String {
+    std::env::var("PATH").unwrap_or_default()
 }
 
 fn small_program(command: Command) -> anyhow::Result<ExitCode> {
@@ -281,7 +288,7 @@ fn small_program(command: Command) -> anyhow::Result<ExitCode> {
 fn demo(program: PathBuf, base: Base) -> anyhow::Result<ExitCode> {
     watch_interrupts()?;
     let name = format!("demo-{}", std::process::id());
-    let held = lab::demo::run(program, base, name, &|| INTERRUPTED.load(Ordering::Relaxed))?;
+    let held = lab::demo::run(Launcher { program, base, name, search_path: search_path() }, &|| INTERRUPTED.load(Ordering::Relaxed))?;
     Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

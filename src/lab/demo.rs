@@ -12,6 +12,8 @@ use super::{Base, Error};
 
 const MESH: &str = include_str!("demo.yaml");
 const DENY: &str = include_str!("demo-deny.yaml");
+/// The same client and server, and an Envoy in between.
+const WAYPOINT: &str = include_str!("waypoint.yaml");
 /// Two words that must never be readable between the nodes, and one that must be.
 const HTTP_WORD: &str = "marigold-in-the-http-header";
 const TCP_WORD: &str = "periwinkle-in-the-raw-stream";
@@ -39,11 +41,25 @@ struct Demo {
     print: fn(&str),
 }
 
+/// What a demonstration is started with.
+#[derive(Debug)]
+pub struct Launcher {
+    /// The `culvert` program.
+    pub program: PathBuf,
+    /// Where run directories are.
+    pub base: Base,
+    /// The lab's name.
+    pub name: String,
+    /// Where other programs are found: a step that needs one is left out without it.
+    pub search_path: String,
+}
+
 /// Runs the demonstration, printing a table as it goes, and says whether every step held. `interrupted` is asked between steps.
 ///
 /// # Errors
 /// When the lab cannot be started or ended at all.
-pub fn run(program: PathBuf, base: Base, name: String, interrupted: &dyn Fn() -> bool) -> Result<bool, Error> {
+pub fn run(launcher: Launcher, interrupted: &dyn Fn() -> bool) -> Result<bool, Error> {
+    let Launcher { program, base, name, search_path } = launcher;
     let mut demo = Demo { steps: Vec::new(), print: |line| println!("{line}") };
     (demo.print)(&format!("{:34} {:7} {:>8}  what was seen", "step", "", "ms"));
     let began = Instant::now();
@@ -58,12 +74,17 @@ pub fn run(program: PathBuf, base: Base, name: String, interrupted: &dyn Fn() ->
     let look = Look::begin(&lab).map_err(Error::failed("cannot look at the wire"))?;
     demo.note("HTTP and raw TCP through the mesh", Instant::now(), || through_the_mesh(&lab));
     demo.note("the wire between the nodes", Instant::now(), || the_wire(look));
-    let steps: [(&'static str, Act); 4] = [
+    let mut steps: Vec<(&'static str, Act)> = vec![
         ("the same look without the mesh", without_the_mesh),
         ("a DENY policy, a live connection", deny),
         ("the reason, in the access log", reason),
         ("the policy is removed", allow),
     ];
+    if search_path.split(':').any(|place| PathBuf::from(place).join("envoy").is_file()) {
+        steps.push(("an Envoy as the service's waypoint", waypoint));
+    } else {
+        (demo.print)("(no step with a waypoint: Envoy is not installed)");
+    }
     for (name, step) in steps {
         if interrupted() {
             break;
@@ -203,6 +224,30 @@ fn allow(lab: &Lab) -> Outcome {
             Err(_) => {}
         }
     }
+}
+
+fn waypoint(lab: &Lab) -> Outcome {
+    let status = lab.apply(WAYPOINT).map_err(|error| error.to_string())?;
+    let way = status.pod("way").map_err(|error| error.to_string())?;
+    let by_waypoint = |answer: &str| way.addresses.iter().any(|address| answer.ends_with(&format!(" {address}")));
+    let before = Instant::now();
+    let allowed = loop {
+        match get(lab, "client", "http://web/ok") {
+            Ok(answer) if by_waypoint(&answer) => break answer,
+            // The proxies have not read it yet.
+            other if before.elapsed() > SOON => return Err(format!("client, GET /ok: {other:?}, and not by the waypoint")),
+            _ => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let mut text = format!("client, GET /ok: \"{allowed}\"");
+    for (pod, url) in [("client", "http://web/other"), ("other-client", "http://web/ok")] {
+        let refused = match get(lab, pod, url) {
+            Err(refused) if refused == "status 403" => refused,
+            other => return Err(format!("{pod}, {url}: {other:?} instead of status 403")),
+        };
+        text = format!("{text}\n{pod}, {url}: {refused}, said by Envoy");
+    }
+    Ok(format!("{text}\nthe server's policy allows nobody but the waypoint"))
 }
 
 /// A look at the wire between the nodes that goes on beside us.

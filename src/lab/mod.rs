@@ -34,7 +34,7 @@ pub use control::Status;
 pub use definition::Definition;
 pub use directory::{Base, LabState};
 pub use handle::{Lab, Launch, Place, Wiring, enter_and_run};
-pub use supervisor::supervise;
+pub use supervisor::{Means, supervise};
 
 /// The name of the namespace between the nodes, where a look at the wire is taken.
 pub const FABRIC: &str = "fabric";

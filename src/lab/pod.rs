@@ -21,8 +21,15 @@ use crate::sys::process::{bind_mount, create_mount_namespace, mount_tmpfs};
 
 /// How long a command may take until it listens on the ports of `waitFor`.
 const LISTENS_WITHIN: Duration = Duration::from_secs(20);
-/// What a shell of Debian has, behind the directory of this program.
+/// What a shell of Debian has.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Where pods find programs: beside this one, where every system has them, and then where the lab's starter does.
+pub(super) fn search_path(program: &Path, last: &str) -> String {
+    let beside = program.parent().map(|parent| parent.display().to_string());
+    let places = [beside.as_deref().unwrap_or_default(), SEARCH_PATH, last];
+    places.into_iter().filter(|place| !place.is_empty()).collect::<Vec<_>>().join(":")
+}
 
 /// A pod whose namespaces exist.
 #[derive(Debug)]
@@ -43,7 +50,7 @@ pub(super) struct RunningPod {
 
 impl RunningPod {
     /// Makes the pod's mount namespace; `netns` is wired already. Nothing runs in it yet.
-    pub(super) fn create(directory: &Directory, program: &Path, pod: &Pod, (netns, addresses): (NetNs, Addresses)) -> Result<Self, Error> {
+    pub(super) fn create(directory: &Directory, search_path: &str, pod: &Pod, (netns, addresses): (NetNs, Addresses)) -> Result<Self, Error> {
         let key = pod_key(pod);
         let failed = || Error::failed::<io::Error>(format!("cannot make the files of pod {key}"));
         let files = directory.pods().join(key.replace('/', "."));
@@ -63,9 +70,8 @@ impl RunningPod {
             if tmpfs { mount_tmpfs(Path::new("/tmp")) } else { Ok(()) }
         })
         .map_err(failed())?;
-        let beside = program.parent().map(|parent| format!("{}:", parent.display())).unwrap_or_default();
         let facts = [
-            ("PATH", format!("{beside}{SEARCH_PATH}")),
+            ("PATH", search_path.to_owned()),
             ("POD_FILES", own.display().to_string()),
             ("HOME", "/root".to_owned()),
             ("LANG", "C.UTF-8".to_owned()),

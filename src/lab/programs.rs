@@ -51,7 +51,8 @@ fn serve(port: u16, answer: impl Fn(TcpStream) -> io::Result<()> + Clone + Send 
     Ok(())
 }
 
-/// Gets an `http://` address, prints the answer's body, and says whether its status was 200. `header` is `name: value`.
+/// Gets an `http://` address, prints the answer's body, and says whether its status was 200; another one goes to standard error. `header` is
+/// `name: value`.
 ///
 /// # Errors
 /// When the address is not understood, or the connection fails.
@@ -70,7 +71,11 @@ pub fn get(url: &str, header: Option<&str>) -> io::Result<bool> {
         Err(error) => io::Error::new(error.kind(), format!("connected, then closed without an answer ({error})")),
     })?;
     io::stdout().write_all(body.as_bytes())?;
-    Ok(head.split(' ').nth(1) == Some("200"))
+    let status = head.split(' ').nth(1);
+    if status != Some("200") {
+        writeln!(io::stderr(), "status {}", status.unwrap_or("unknown"))?;
+    }
+    Ok(status == Some("200"))
 }
 
 /// Sends one line and prints the line that comes back; with `hold`, then keeps the connection open and says when the other side

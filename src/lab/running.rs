@@ -15,7 +15,7 @@ use super::pod::{RunningPod, place};
 use super::proxies::{Proxy, log_env, shared_env, status, wait_until_ready};
 use super::tasks::Task;
 use super::topology::Topology;
-use super::{Wiring, certificates, control_plane, mesh, mesh::uid};
+use super::{Means, Wiring, certificates, control_plane, mesh, mesh::uid};
 use crate::identity::LocalIssuer;
 use crate::lifecycle::Clock;
 use crate::node::rules::{self, RulesConfig};
@@ -26,6 +26,8 @@ use crate::node::zds::{Delivery, ZdsServer};
 pub(super) struct Running {
     name: String,
     program: PathBuf,
+    /// Where pods find programs.
+    search_path: String,
     directory: Directory,
     definition: Definition,
     plan: Plan,
@@ -45,14 +47,16 @@ struct RunningNode {
 
 impl Running {
     /// Builds everything the definition asks for and starts it.
-    pub(super) async fn start(name: &str, program: PathBuf, directory: Directory, definition: Definition, wiring: Wiring) -> Result<Self, Error> {
+    pub(super) async fn start(name: &str, means: Means, directory: Directory, definition: Definition) -> Result<Self, Error> {
+        let Means { program, search_path, wiring } = means;
         let mut plan = Plan::default();
         plan.assign(&definition)?;
         let topology = Topology::build(&definition, &plan)?;
         LocalIssuer::create(&directory.ca(), &Clock::system()).map_err(Error::failed("cannot make the lab's CA"))?;
         let name = name.to_owned();
+        let search_path = super::pod::search_path(&program, &search_path);
         let (nodes, pods) = (BTreeMap::new(), BTreeMap::new());
-        let mut running = Self { name, program, directory, definition, plan, topology, control: None, nodes, pods };
+        let mut running = Self { name, program, search_path, directory, definition, plan, topology, control: None, nodes, pods };
         running.write_mesh()?;
         if wiring == Wiring::Control {
             let netns = running.topology.add_control_plane()?;
@@ -220,7 +224,7 @@ impl Running {
         let key = pod_key(pod);
         let netns = self.topology.add_pod(&self.plan, pod)?;
         let addresses = self.plan.pod(pod).ok_or_else(|| Error::State(format!("pod {key} has no address")))?;
-        let mut running = RunningPod::create(&self.directory, &self.program, pod, (netns.clone(), addresses))?;
+        let mut running = RunningPod::create(&self.directory, &self.search_path, pod, (netns.clone(), addresses))?;
         running.write_hosts(&self.plan.hosts(&self.definition, pod))?;
         running.write_files(&self.definition, &self.plan)?;
         if pod.native_tunnel {

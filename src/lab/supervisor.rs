@@ -17,6 +17,17 @@ use super::running::Running;
 use super::{Error, Status, Wiring};
 use crate::sys::process::wait_for;
 
+/// What a lab is built with.
+#[derive(Debug)]
+pub struct Means {
+    /// The `culvert` program: proxies and the small programs of pods.
+    pub program: PathBuf,
+    /// The last places where pods find programs, as in `PATH`.
+    pub search_path: String,
+    /// Where the proxies get their configuration and certificates.
+    pub wiring: Wiring,
+}
+
 /// What the supervisor tells the process that started it: lines of JSON on its standard output.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -28,11 +39,11 @@ pub(super) enum Progress {
 }
 
 /// The whole life of a lab, as `culvert lab supervise`: leaves the machine's namespaces, builds the lab of `name` below `base` from the
-/// file in its directory with `program` as its proxies, and serves it until SIGTERM, or until standard input ends: with `leashed` ever,
+/// file in its directory by these means, and serves it until SIGTERM, or until standard input ends: with `leashed` ever,
 /// otherwise only before it is ready.
 /// Must be called with a single thread. Returns the exit code of the process (this function returns in three processes).
-pub fn supervise(base: &Base, name: &str, program: PathBuf, leashed: bool, wiring: Wiring) -> i32 {
-    within(base, name, leashed, |directory| serve((name, wiring), program, directory, leashed))
+pub fn supervise(base: &Base, name: &str, means: Means, leashed: bool) -> i32 {
+    within(base, name, leashed, |directory| serve(name, means, directory, leashed))
 }
 
 /// Enters the namespaces of a lab and runs `work` there, on a runtime of one thread; what has to go afterwards goes. Must be called with a
@@ -74,7 +85,7 @@ pub(super) fn signalled() -> Result<impl Future<Output = ()>, Error> {
     })
 }
 
-async fn serve((name, wiring): (&str, Wiring), program: PathBuf, directory: Directory, leashed: bool) -> Result<(), Error> {
+async fn serve(name: &str, means: Means, directory: Directory, leashed: bool) -> Result<(), Error> {
     let signalled = signalled()?;
     tokio::pin!(signalled);
     let mut let_go = watch_leash()?;
@@ -82,7 +93,7 @@ async fn serve((name, wiring): (&str, Wiring), program: PathBuf, directory: Dire
     let definition = Definition::parse(&text)?;
     let socket = directory.control_socket();
     let mut running = tokio::select! {
-        started = Running::start(name, program, directory, definition, wiring) => started?,
+        started = Running::start(name, means, directory, definition) => started?,
         // Half of it may run: the end of the process namespace ends that too. Until it is ready every lab is on its starter's leash.
         () = &mut signalled => return Ok(()),
         _ = &mut let_go => return Ok(()),
