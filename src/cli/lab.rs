@@ -359,13 +359,18 @@ fn print_status(status: &Status) {
 
 /// The first Ctrl-C (or SIGTERM) asks for an orderly end, the second one ends this process; the lab's leash then ends the lab.
 fn watch_interrupts() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Before anything is begun that an interrupt would leave half done.
+    let (mut interrupt, mut terminate) = {
+        let _within = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     std::thread::Builder::new().name("interrupts".into()).spawn(move || {
         runtime.block_on(async {
-            let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) else { return };
             loop {
                 tokio::select! {
-                    _ = tokio::signal::ctrl_c() => {}
+                    _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
                 }
                 if INTERRUPTED.swap(true, Ordering::Relaxed) {

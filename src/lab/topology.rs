@@ -96,9 +96,8 @@ impl Topology {
             node.links.add_veth(&outer, POD_LINK, net.netns.as_fd())?;
             node.links.set_bridge(&outer, PODS_LINK)?;
             node.links.set_up(&outer)?;
-            // Locally administered, and by the address: a pod that gets that of one that is gone need not wait until its neighbours have noticed.
-            let [a, b, c, d] = addresses.v4.octets();
-            net.links.set_hardware_address(POD_LINK, [2, 0, a, b, c, d])?;
+            // A pod that gets the address of one that is gone need not wait until its neighbours have noticed.
+            net.links.set_hardware_address(POD_LINK, hardware_address(addresses.v4))?;
             net.links.set_up(POD_LINK)?;
             for address in addresses.in_subnet() {
                 net.links.add_address(POD_LINK, address)?;
@@ -125,6 +124,12 @@ impl Net {
     }
 }
 
+/// A locally administered one, by the address that goes with it.
+fn hardware_address(address: std::net::Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [2, 0, a, b, c, d]
+}
+
 fn build_node(between: &Net, number: u8, nodes: usize) -> io::Result<Net> {
     let net = Net::create()?;
     net.netns.run(|| {
@@ -140,6 +145,8 @@ fn build_node(between: &Net, number: u8, nodes: usize) -> io::Result<Net> {
         net.links.add_address(FABRIC_LINK, address)?;
     }
     net.links.add_bridge(PODS_LINK)?;
+    // By itself a bridge takes one of its ports' and changes it as they come and go; pods would send to the old one for seconds.
+    net.links.set_hardware_address(PODS_LINK, hardware_address(on_node(number, 1).v4))?;
     for address in on_node(number, 1).in_subnet() {
         net.links.add_address(PODS_LINK, address)?;
     }
