@@ -11,6 +11,8 @@ use super::super::stream::Role;
 use super::super::{ConnectResponse, Error};
 use super::frame::Reason;
 use super::frozen::Freeze;
+use super::stream::Phase;
+use super::tunnel::Tunnel;
 use crate::forward::Ended;
 use crate::telemetry::Meter;
 
@@ -66,4 +68,16 @@ pub(in crate::hbone) struct Attach {
     pub(in crate::hbone) done: oneshot::Sender<Ended>,
     /// Gives the place in the pooled tunnel back when the stream is over.
     pub(in crate::hbone) slot: Option<StreamSlot>,
+}
+
+impl Tunnel {
+    /// Gives up requests of ours that nobody waits for.
+    pub(super) fn sweep(&mut self) {
+        for slot in self.streams.slots() {
+            let forsaken = self.streams.at(slot).is_some_and(|stream| matches!(&stream.phase, Phase::Asking(answer) if answer.is_closed()));
+            if forsaken {
+                self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
+            }
+        }
+    }
 }

@@ -409,16 +409,6 @@ impl Tunnel {
         }
     }
 
-    /// Gives up requests of ours that nobody waits for.
-    fn sweep(&mut self) {
-        for slot in self.streams.slots() {
-            let forsaken = self.streams.at(slot).is_some_and(|stream| matches!(&stream.phase, Phase::Asking(answer) if answer.is_closed()));
-            if forsaken {
-                self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
-            }
-        }
-    }
-
     /// Whether an application that had finished sending is gone.
     pub(super) fn check_gone(&mut self, slot: u32) {
         let gone = self.streams.at(slot).and_then(Stream::application).and_then(Application::is_gone);
