@@ -106,6 +106,14 @@ impl Credentials {
         }
     }
 
+    /// [`fetch`](Self::fetch) for a connection that does not wait longer than this. The request goes on for those who come later.
+    ///
+    /// # Errors
+    /// [`IdentityError::Timeout`] with this time, and those of `fetch`.
+    pub async fn fetch_within(&self, patience: Duration, identity: &SpiffeId) -> Result<Arc<Credential>, IdentityError> {
+        tokio::time::timeout(patience, self.fetch(identity)).await.unwrap_or(Err(IdentityError::Timeout(patience)))
+    }
+
     /// Asks for a certificate ahead of need and keeps it fresh until it is [forgotten](Self::forget). Beyond [`Config::prefetch_queue`] waiting
     /// ones it does nothing: the certificate is then fetched when a connection needs it.
     pub fn prefetch(&self, identity: SpiffeId) {

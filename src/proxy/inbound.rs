@@ -60,7 +60,7 @@ async fn accept(pod: &PodProxy, socket: TcpStream, client: SocketAddr) -> Result
     })?;
     let workload = pod.local_workload().await?;
     let identity = workload.identity()?;
-    let credential = pod.node.credentials.fetch(&identity).await?;
+    let credential = pod.credential(&identity).await?;
     Ok(hbone::accept(socket, client, &credential, &pod.node.hbone).await.map_err(Arc::new)?)
 }
 

@@ -52,7 +52,7 @@ pub struct Config {
     pub user_timeout: bool,
     /// How long a connect may take. Default 10 s.
     pub connect_timeout: Duration,
-    /// How long a connection waits for its own workload to be known. Default 5 s.
+    /// How long a connection waits for its own workload to be known, and then for its certificate. Default 5 s.
     pub workload_timeout: Duration,
     /// Whether response baggage is sent and request baggage is believed (`ENABLE_RESPONSE_BAGGAGE`). Default true.
     pub baggage: bool,

@@ -158,7 +158,7 @@ async fn prepare(
     (workload, expected, authority): (&Workload, &[SpiffeId], &Authority),
 ) -> Result<(PoolKey, Arc<Credential>, ConnectRequest), Error> {
     let identity = journey.source.identity()?;
-    let credential = pod.node.credentials.fetch(&identity).await?;
+    let credential = pod.credential(&identity).await?;
     let key = PoolKey {
         source: identity,
         source_ip: journey.client.ip(),

@@ -13,8 +13,9 @@ use super::sockets::PodSockets;
 use super::{Node, inbound, outbound, plaintext};
 use crate::discovery::LocalName;
 use crate::hbone::Pool;
+use crate::identity::Credential;
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
-use crate::model::Workload;
+use crate::model::{SpiffeId, Workload};
 use crate::telemetry::{EarlyRefusal, Reporter};
 
 /// One pod's proxy. Lives as long as one of its connections does.
@@ -51,6 +52,11 @@ impl PodProxy {
     pub(super) async fn local_workload(&self) -> Result<Arc<Workload>, Error> {
         let found = self.node.mesh.wait_for_local(&self.name, self.node.config.workload_timeout).await;
         found.ok_or_else(|| Error::LocalWorkloadUnknown(self.name.to_string()))
+    }
+
+    /// The pod's certificate; a connection waits for it as long as for the workload (reference, dataplane §12.1, 22).
+    pub(super) async fn credential(&self, identity: &SpiffeId) -> Result<Arc<Credential>, Error> {
+        Ok(self.node.credentials.fetch_within(self.node.config.workload_timeout, identity).await?)
     }
 
     /// Records a connection that was refused before anything was known about it.

@@ -1,13 +1,15 @@
 //! The real binary and a CA over the network (reference, dataplane §7 and §10.1: CA_ADDRESS, CA_ROOT_CA, ALT_CA_HOSTNAME, AUTH_TOKEN, CLUSTER_ID,
 //! CA_HEADER_*, SECRET_TTL, TRUST_DOMAIN of workloads).
 
+use std::io::Read;
 use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
 
-use crate::ca_server::{CaServer, serving};
+use crate::ca_server::{CaServer, Mood, serving};
 use crate::lifecycle::{Bare, lonely};
-use crate::mesh::until;
+use crate::mesh::{PATIENCE, until, wait_until};
 use crate::pki::Authority;
 
 const WORKLOADS: &str = "
@@ -27,6 +29,14 @@ struct Ground {
 
 impl Ground {
     fn new(name: &str, believed: Option<&Authority>, env: &[(&str, &str)]) -> Self {
+        Self::with(name, believed, Mood::Sign, env)
+    }
+
+    fn silent(env: &[(&str, &str)]) -> Self {
+        Self::with("localhost", None, Mood::Hang, env)
+    }
+
+    fn with(name: &str, believed: Option<&Authority>, mood: Mood, env: &[(&str, &str)]) -> Self {
         let netns = lonely();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = netns.run(|| TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
@@ -34,6 +44,7 @@ impl Ground {
         let (root, _inside) = (Authority::root("root"), runtime.enter());
         let (tls, roots) = (serving(&root, &[name]), root.signer.pem());
         let server = CaServer::start_on(tokio::net::TcpListener::from_std(listener).unwrap(), root, roots, tls);
+        server.mood(mood);
         let files = tempfile::tempdir().unwrap();
         let path = files.path().join("root-cert.pem");
         std::fs::write(&path, believed.unwrap_or(&server.desk.ca).signer.pem()).unwrap();
@@ -98,4 +109,21 @@ fn a_ca_that_is_not_believed_is_named_in_log_dump_and_metrics_and_gets_no_token(
     assert!(metrics.contains("culvert_certificate_requests_total{outcome=\"untrusted_ca\"}"), "{metrics}");
     assert!(ground.server.asked().is_empty());
     ground.assert_no_token_is_shown();
+}
+
+#[test]
+fn a_connection_waits_five_seconds_for_its_certificate_and_is_refused_then() {
+    // Its CA is believed, and silent from the beginning.
+    let env = [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "shop/web/web")];
+    let ground = Ground::silent(&env);
+    let ready = || ground.proxy.page(15021, "GET /healthz/ready").is_ok_and(|(status, _)| status == 200);
+    wait_until("it is ready", ready);
+    let begin = Instant::now();
+    let mut socket = ground.proxy.connect(15008).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The proxy ends it: nothing was said to it, and it says nothing.
+    assert!(matches!(socket.read(&mut [0; 8]), Ok(0) | Err(_)));
+    assert!((Duration::from_secs(4)..Duration::from_secs(15)).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+    let refused = || ground.proxy.page(15020, "GET /metrics").unwrap().1;
+    wait_until("it is counted", || refused().contains("culvert_early_refusals_total{reporter=\"destination\",reason=\"identity\"} 1"));
 }

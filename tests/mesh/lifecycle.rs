@@ -611,6 +611,10 @@ impl Bare {
         );
     }
 
+    pub(crate) fn connect(&self, port: u16) -> io::Result<TcpStream> {
+        self.netns.run(|| TcpStream::connect(("127.0.0.1", port))).unwrap()
+    }
+
     pub(crate) fn config_dump(&self) -> io::Result<Value> {
         let (_, page) = self.page(15000, "GET /config_dump")?;
         let body = &page[page.find('{').unwrap()..=page.rfind('}').unwrap()];

@@ -310,6 +310,24 @@ async fn a_slow_issuer_is_waited_for_and_a_silent_one_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_connection_waits_as_long_as_it_may_and_the_request_goes_on_without_it() {
+    let bench = bench(8);
+    bench.mood(Mood::Hang);
+    let before = Instant::now();
+    let impatient = bench.store.fetch_within(5 * SECOND, &id("one")).await;
+    assert_eq!((impatient.unwrap_err(), Instant::now() - before), (IdentityError::Timeout(5 * SECOND), 5 * SECOND));
+    assert_eq!(bench.state("one").unwrap(), "Initializing");
+    let patient = bench.fetch("one");
+    settle().await;
+    assert_eq!(bench.asked(), ["one"], "it waits for the same request");
+    // That one fails in its own time, and the next is answered.
+    assert_eq!(patient.await.unwrap().unwrap_err(), IdentityError::Timeout(30 * SECOND));
+    bench.mood(Mood::Sign);
+    tokio::time::sleep(3 * SECOND).await;
+    bench.store.fetch_within(5 * SECOND, &id("one")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_wrong_answer_is_never_installed() {
     let bench = bench(8);
     let good = bench.store.fetch(&id("one")).await.unwrap();
