@@ -11,5 +11,9 @@ mod control_client;
 mod ground;
 #[path = "control/mesh_file.rs"]
 mod mesh_file;
+#[path = "control/program.rs"]
+mod program;
+#[path = "control/round_trip.rs"]
+mod round_trip;
 #[path = "control/streams.rs"]
 mod streams;

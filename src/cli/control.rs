@@ -156,9 +156,10 @@ async fn live(args: &Args) -> anyhow::Result<ExitCode> {
         registry.register_collector(Box::new(Reloads(reloads)));
     });
     let listener = listen(args.listen).await?;
+    let address = listener.local_addr()?;
     let parts = Parts { mesh, issuer, tokens, stats, clock };
     control::start(config(args), parts, listener, &supervisor, &drain)?;
-    tracing::info!(address = %args.listen, names = args.server_names.join(","), config = %args.config.display(), "culvert {} serves xDS and certificates", env!("CARGO_PKG_VERSION"));
+    tracing::info!(%address, names = args.server_names.join(","), config = %args.config.display(), "culvert {} serves xDS and certificates", env!("CARGO_PKG_VERSION"));
     drop(drain);
     ready.ready();
 
