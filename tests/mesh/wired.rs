@@ -120,3 +120,33 @@ fn known_workloads_do_not_notice_that_the_control_plane_dies_and_comes_back() {
     live.iter_mut().for_each(|socket| echo_on(socket, b"after").expect("a connection was cut by an equal snapshot"));
     mesh.down();
 }
+
+#[test]
+fn on_demand_a_proxy_knows_its_own_pods_and_what_was_asked_for_and_keeps_it() {
+    let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true'}}\n"));
+    serve_echo(mesh.listen("server", 8080));
+    let known = || -> Vec<String> {
+        let dump = mesh.config_dump("left");
+        let name = |row: &serde_json::Value| row["name"].as_str().unwrap().to_owned();
+        let rows = |section: &str| match &dump[section] {
+            serde_json::Value::Array(rows) => rows.iter().map(name).collect::<Vec<_>>(),
+            rows => rows.as_object().unwrap().values().map(name).collect(),
+        };
+        let mut names = [rows("workloads"), rows("services")].concat();
+        names.sort();
+        names
+    };
+    assert_eq!(known(), ["client", "other"]);
+    // By the service's address, with its endpoints.
+    mesh.echo("client", (mesh.vip("server"), 80)).unwrap();
+    assert_eq!(known(), ["client", "other", "server", "server"]);
+    kill_control(&mesh);
+    mesh.echo("client", (mesh.vip("server"), 80)).unwrap();
+    mesh.lab().restart_control().unwrap();
+    // It comes back with what it has, and asks for more.
+    wait_until("something that was not known is reached", || {
+        mesh.connect("client", (mesh.ip("own"), 1)).is_ok() && known().contains(&"own".to_owned())
+    });
+    mesh.echo("client", (mesh.vip("server"), 80)).unwrap();
+    mesh.down();
+}
