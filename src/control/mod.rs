@@ -50,6 +50,8 @@ pub struct Config {
     pub strangers: (usize, usize),
     /// A stream ends after this long ±10 %, so that clients spread over replicas again. Default 30 min (reference, node-and-control §B.4).
     pub longest_stream: Duration,
+    /// How often a stream's token is looked up again: a stream whose token was taken out of the file ends. Default 10 s.
+    pub token_check: Duration,
     /// Bytes of one request: a client of 100,000 workloads that reconnects sends 7 MiB. Default 64 MiB.
     pub largest_request: usize,
     /// Memory for large requests of all clients together. Default 256 MiB.
@@ -66,6 +68,7 @@ impl Default for Config {
             connections: 4096,
             strangers: (512, 64),
             longest_stream: Duration::from_secs(30 * 60),
+            token_check: Duration::from_secs(10),
             largest_request: 64 << 20,
             room: 256 << 20,
         }
@@ -149,7 +152,7 @@ pub fn start(config: Config, parts: Parts, listener: TcpListener, supervisor: &S
     });
     let authority = authority::Authority::new(config.ca, issuer, catalogs.clone(), stats.clone());
     let room = message::Room::new(config.room);
-    let server = Arc::new(server::Server { config, tokens, authority, catalogs, stats, room });
+    let server = Arc::new(server::Server { config, tokens: Arc::new(tokens), authority, catalogs, stats, room });
     supervisor.supervise("clients", server.run(listener, tls, drain.clone()));
     Ok(())
 }

@@ -56,7 +56,7 @@ const HEADER_LIST: u32 = 16 << 10;
 /// Everything that a call may need.
 pub(super) struct Server {
     pub(super) config: Config,
-    pub(super) tokens: Tokens,
+    pub(super) tokens: Arc<Tokens>,
     pub(super) authority: Authority,
     pub(super) catalogs: watch::Receiver<Arc<Catalog>>,
     pub(super) stats: Arc<Stats>,
@@ -201,7 +201,8 @@ impl Server {
     fn stream(&self, caller: Caller, body: Incoming, drain: DrainWatcher) -> Response<Answer> {
         let (says, answer) = Answer::streaming();
         let longest = self.config.longest_stream.mul_f64(rand::rng().random_range(0.9..1.1));
-        let session = Session { caller, catalogs: self.catalogs.clone(), says, stats: self.stats.clone(), drain, longest };
+        let tokens = (self.tokens.clone(), self.config.token_check);
+        let session = Session { caller, catalogs: self.catalogs.clone(), says, stats: self.stats.clone(), drain, tokens, longest };
         tokio::spawn(session.run(Requests::new(body, self.config.largest_request, self.room.clone())));
         answer
     }

@@ -12,7 +12,7 @@ use super::catalog::{Catalog, Kind};
 use super::message::{Outgoing, Received, Requests, Say};
 use super::stats::{Held, Stats};
 use super::subscription::{Part, Push, Subscription, Upserts};
-use super::tokens::Caller;
+use super::tokens::{Caller, Tokens};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::Text;
 use crate::telemetry::limited;
@@ -33,6 +33,8 @@ pub(super) struct Session {
     pub(super) says: mpsc::Sender<Say>,
     pub(super) stats: Arc<Stats>,
     pub(super) drain: DrainWatcher,
+    /// Who may call, and how often to look whether the caller still may.
+    pub(super) tokens: (Arc<Tokens>, Duration),
     /// When the stream is ended, so that replicas share clients evenly again.
     pub(super) longest: Duration,
 }
@@ -70,22 +72,35 @@ impl Session {
         let mut drain = self.drain.clone();
         let old = tokio::time::sleep(self.longest);
         tokio::pin!(old);
+        let (tokens, every) = self.tokens.clone();
+        let caller = self.caller.clone();
+        let revoked = async move {
+            loop {
+                tokio::time::sleep(every).await;
+                if !tokens.still_knows(&caller) {
+                    return;
+                }
+            }
+        };
+        tokio::pin!(revoked);
         loop {
             let catalog = catalogs.borrow_and_update().clone();
             let told = async {
                 tokio::select! {
-                    () = &mut old => {}
-                    _ = drain.signaled() => {}
+                    () = &mut old => ok(),
+                    _ = drain.signaled() => ok(),
+                    () = &mut revoked => no_longer(),
                 }
             };
             // Everything of one catalog before the next: a policy must not arrive after the workload that names it.
             tokio::select! {
-                () = told => return ok(),
+                status = told => return status,
                 sent = self.bring_up_to(&catalog, &mut state) => if !sent { return ok() },
             }
             let request = tokio::select! {
                 _ = drain.signaled() => return ok(),
                 () = &mut old => return ok(),
+                () = &mut revoked => return no_longer(),
                 () = self.says.closed() => return ok(),
                 changed = catalogs.changed() => match changed {
                     Ok(()) => continue,
@@ -228,6 +243,10 @@ fn read(mut requests: Requests) -> (mpsc::Receiver<Result<Received<DeltaDiscover
 
 fn ok() -> Status {
     Status::new(Code::Ok, "")
+}
+
+fn no_longer() -> Status {
+    Status::unauthenticated("the bearer token is no longer one of the control plane's token file")
 }
 
 /// A push as responses that clients can take.

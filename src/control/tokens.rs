@@ -38,6 +38,8 @@ const LARGEST_FILE: u64 = 4 << 20;
 pub(super) struct Caller {
     pub(super) node: Text,
     allowed: Arc<[Allowed]>,
+    /// The hash of the token it showed.
+    token: [u8; 32],
 }
 
 /// Which certificates somebody may have.
@@ -118,6 +120,13 @@ impl Tokens {
         known.callers.get(&hash(token.trim())).cloned().ok_or(NoCaller::Unknown)
     }
 
+    /// Whether its token still stands for what it stood for: somebody may have taken it out of the file.
+    pub(super) fn still_knows(&self, caller: &Caller) -> bool {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        self.reread(&mut known);
+        known.callers.get(&caller.token).is_some_and(|now| now.node == caller.node)
+    }
+
     fn reread(&self, known: &mut Known) {
         let now = fingerprint(&self.path);
         if now == known.fingerprint {
@@ -194,7 +203,8 @@ fn parse(text: &str) -> Result<Callers, String> {
             name => name.parse().map(Allowed::One).map_err(|error| wrong(format!("identities: {error}; \"*\" and \"node\" are also possible"))),
         };
         let allowed = identities.iter().map(allowed).collect::<Result<Vec<_>, _>>()?;
-        if callers.insert(hash(&token), Caller { node: node.into(), allowed: allowed.into() }).is_some() {
+        let token = hash(&token);
+        if callers.insert(token, Caller { node: node.into(), allowed: allowed.into(), token }).is_some() {
             return Err(wrong("the same token is there twice".to_owned()));
         }
     }

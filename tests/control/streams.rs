@@ -165,6 +165,25 @@ async fn a_stream_must_say_its_node_and_may_say_no_other_than_the_tokens() {
     assert_eq!(stream.next().await.type_url, ADDRESS);
 }
 
+#[tokio::test]
+async fn a_stream_ends_when_its_token_is_taken_out_of_the_file() {
+    let config = culvert::control::Config { token_check: Duration::from_millis(20), ..config() };
+    let plane = Plane::in_directory(directory("{}"), config).await;
+    let mut streams = Vec::new();
+    for (token, node) in [(LEFT, "left"), (RIGHT, "right")] {
+        let mut stream = plane.connect_as(token).await.stream().await.unwrap();
+        stream.say(first(ADDRESS, node));
+        stream.next().await;
+        streams.push(stream);
+    }
+    let file = plane.directory.path().join("tokens.yaml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(file, text.replace(LEFT, "another-token-of-the-left-node")).unwrap();
+    assert_eq!(streams[0].response().await.unwrap_err().code(), tonic::Code::Unauthenticated);
+    assert!(streams[1].is_quiet(QUIET).await, "the stream of another token suffers");
+    assert!(plane.connect().await.stream().await.is_err());
+}
+
 /// What happens next.
 #[derive(Debug, Clone)]
 enum Step {
