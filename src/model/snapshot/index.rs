@@ -26,14 +26,23 @@ pub(super) struct Index<V> {
 
 #[derive(Clone)]
 enum Node<V> {
-    Leaf(Arc<[(u64, V)]>),
+    Leaf(Arc<[Slot<V>]>),
     Branch(Arc<[Self; WIDTH]>),
 }
+
+/// A row of a leaf. It is there in every leaf that anybody can see; a leaf that is being replaced has given its rows away, because moving them
+/// costs nothing, and to copy them means to touch the reference count of each. (`Option` takes no room: rows are pointers.)
+type Slot<V> = (u64, Option<V>);
 
 /// A key whose first bits are those of `group` and whose other bits are those of `member`, for [`Index::under`].
 pub(super) fn grouped(group: u64, member: u64) -> u64 {
     let rest = u64::MAX >> PREFIX;
     (group & !rest) | (member & rest)
+}
+
+/// Where in a leaf a row is.
+fn position<V>(leaf: &[Slot<V>], key: u64, same: impl Fn(&V) -> bool) -> Option<usize> {
+    leaf.iter().position(|(other, row)| *other == key && row.as_ref().is_some_and(&same))
 }
 
 /// The child that the first bits of what is left of a key choose.
@@ -60,7 +69,7 @@ impl<V: Clone> Index<V> {
                 }
             }
         };
-        leaf.iter().filter(move |(other, _)| *other == key).map(|(_, row)| row)
+        leaf.iter().filter(move |(other, _)| *other == key).filter_map(|(_, row)| row.as_ref())
     }
 
     /// All rows whose keys were [`grouped`] under this one; the caller compares.
@@ -71,12 +80,12 @@ impl<V: Clone> Index<V> {
             node = &children[slot(rest)];
             rest <<= BITS;
         }
-        Rows::of(node).filter(move |(key, _)| (*key ^ group) >> (u64::BITS - PREFIX) == 0).map(|(_, row)| row)
+        Rows::of(node).filter(move |(key, _)| (*key ^ group) >> (u64::BITS - PREFIX) == 0).filter_map(|(_, row)| row.as_ref())
     }
 
     /// Every row, in no useful order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &V> {
-        Rows::of(&self.root).map(|(_, row)| row)
+        Rows::of(&self.root).filter_map(|(_, row)| row.as_ref())
     }
 
     /// Whether there is no row.
@@ -96,8 +105,8 @@ impl<V: Clone> Index<V> {
                 }
             }
         };
-        let position = leaf.iter().position(|(other, row)| *other == key && same(row))?;
-        Arc::make_mut(leaf).get_mut(position).map(|(_, row)| row)
+        let position = position(leaf, key, same)?;
+        Arc::make_mut(leaf).get_mut(position).and_then(|(_, row)| row.as_mut())
     }
 
     /// Adds a row, in place of the one that is the same.
@@ -115,12 +124,12 @@ impl<V: Clone> Index<V> {
 
 impl<V: Clone> Node<V> {
     /// A node of these rows, of whose keys `depth` bits are decided.
-    fn of(rows: Vec<(u64, V)>, depth: u32) -> Self {
+    fn of(rows: Vec<Slot<V>>, depth: u32) -> Self {
         let alike = rows.windows(2).all(|pair| matches!(pair, [(left, _), (right, _)] if left == right));
         if rows.len() <= LEAF || alike {
             return Self::Leaf(rows.into());
         }
-        let mut parts: [Vec<(u64, V)>; WIDTH] = std::array::from_fn(|_| Vec::new());
+        let mut parts: [Vec<Slot<V>>; WIDTH] = std::array::from_fn(|_| Vec::new());
         for row in rows {
             parts[slot(row.0 << depth)].push(row);
         }
@@ -133,24 +142,29 @@ impl<V: Clone> Node<V> {
             Self::Branch(children) => return Arc::make_mut(children)[slot(key << depth)].put(key, depth + BITS, row, same),
             Self::Leaf(rows) => rows,
         };
-        match rows.iter().position(|(other, known)| *other == key && same(known)) {
+        match position(rows, key, same) {
             Some(position) => {
                 if let Some((_, known)) = Arc::make_mut(rows).get_mut(position) {
-                    *known = row;
+                    *known = Some(row);
                 }
             }
-            None if rows.len() < LEAF => *rows = rows.iter().cloned().chain(once((key, row))).collect(),
-            None => *self = Self::of(rows.iter().cloned().chain(once((key, row))).collect(), depth),
+            None if rows.len() < LEAF => {
+                *rows = match Arc::get_mut(rows) {
+                    Some(own) => own.iter_mut().map(|(key, row)| (*key, row.take())).chain(once((key, Some(row)))).collect(),
+                    None => rows.iter().cloned().chain(once((key, Some(row)))).collect(),
+                }
+            }
+            None => *self = Self::of(rows.iter().cloned().chain(once((key, Some(row)))).collect(), depth),
         }
     }
 
     fn take(&mut self, key: u64, depth: u32, same: &impl Fn(&V) -> bool) -> Option<V> {
         match self {
             Self::Leaf(rows) => {
-                let position = rows.iter().position(|(other, row)| *other == key && same(row))?;
+                let position = position(rows, key, same)?;
                 let (_, row) = rows.get(position)?.clone();
                 *rows = rows.iter().enumerate().filter(|(index, _)| *index != position).map(|(_, row)| row.clone()).collect();
-                Some(row)
+                row
             }
             Self::Branch(children) => {
                 let children = Arc::make_mut(children);
@@ -168,7 +182,7 @@ impl<V: Clone> Node<V> {
 
 /// The rows below a node. Allocates only below a branch.
 struct Rows<'a, V> {
-    leaf: Iter<'a, (u64, V)>,
+    leaf: Iter<'a, Slot<V>>,
     waiting: Vec<Iter<'a, Node<V>>>,
 }
 
@@ -182,7 +196,7 @@ impl<'a, V> Rows<'a, V> {
 }
 
 impl<'a, V> Iterator for Rows<'a, V> {
-    type Item = &'a (u64, V);
+    type Item = &'a Slot<V>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
