@@ -24,12 +24,13 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        Self::with(Config::default()).await
+        Self::leading_to("far", Config::default()).await
     }
 
-    async fn with(config: Config) -> Self {
+    /// Behind the gateway is this account.
+    async fn leading_to(account: &str, config: Config) -> Self {
         let realm = Realm::new();
-        let server = OurServer::start(realm.credential("far").await, Arc::new(Endpoint::new(Config::default()))).await;
+        let server = OurServer::start(realm.credential(account).await, Arc::new(Endpoint::new(Config::default()))).await;
         let mut gateway = OurServer::with(&realm, Config::default()).await;
         let client = OurClient::with(gateway.address, &realm, Endpoint::new(config), CountingDialer::default()).await;
         let asked = Arc::<Mutex<Vec<String>>>::default();
@@ -139,6 +140,10 @@ async fn each_layer_accepts_only_the_identities_expected_there() {
         assert!(matches!(&*error, Error::Within { error, .. } if matches!(**error, Error::Peer(_))), "{error}");
     }
     assert_eq!(scene.asked.lock().unwrap().len(), 2, "it is the gateway that was taken for what it is");
+    // Nor may the gateway answer itself.
+    let own = Scene::leading_to("server", Config::default()).await;
+    let error = own.open().await.map(drop).unwrap_err();
+    assert!(matches!(&*error, Error::Within { error, .. } if matches!(**error, Error::Peer(_))), "{error}");
     // A gateway that is somebody else sees no request at all.
     let client = &scene.client;
     let key = PoolKey { expected: vec![id("far")], ..client.key.clone() };
@@ -176,7 +181,7 @@ async fn a_gateway_that_breaks_resets_what_went_through_it() {
 
 #[tokio::test]
 async fn who_stays_silent_behind_the_gateway_costs_the_deadline_and_leaves_nothing() {
-    let mut scene = Scene::with(Config { handshake_deadline: Duration::from_millis(200), ..Config::default() }).await;
+    let mut scene = Scene::leading_to("far", Config { handshake_deadline: Duration::from_millis(200), ..Config::default() }).await;
     scene.gateway.abort();
     let (listener, silent): (_, SocketAddr) = crate::tunnel_peers::listen().await;
     // The gateway leads to somebody who never says a word.
