@@ -43,6 +43,8 @@ impl Temper {
             self.idle = self.idle.saturating_sub(seconds.saturating_mul(IDLE_FRAMES / 5));
             self.premature = self.premature.saturating_sub(seconds.saturating_mul(PREMATURE_RESETS / 4));
             self.local = self.local.saturating_sub(seconds.saturating_mul(LOCAL_RESETS / 10));
+            // Peers that pass on what they read send one with every end; streams that carry little else would use the allowance up.
+            self.empty = self.empty.saturating_sub(seconds.saturating_mul(EMPTY_FRAMES));
         }
     }
 
@@ -65,6 +67,7 @@ impl Temper {
     }
 
     pub(super) fn empty_frame(&mut self) -> Result<(), Reason> {
+        self.cool();
         self.empty += 1;
         within(self.empty, EMPTY_FRAMES)
     }
@@ -103,6 +106,16 @@ mod tests {
             temper.answered();
         }
         assert_eq!((0..=PREMATURE_RESETS).find_map(|_| temper.premature_reset().err()), Some(Reason::ENHANCE_YOUR_CALM));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_may_send_a_hundred_empty_frames_a_second_for_ever_and_no_more_at_once() {
+        let mut temper = Temper::default();
+        for _ in 0..100 {
+            assert_eq!((0..EMPTY_FRAMES).find_map(|_| temper.empty_frame().err()), None);
+            tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        }
+        assert_eq!((0..=EMPTY_FRAMES).find_map(|_| temper.empty_frame().err()), Some(Reason::ENHANCE_YOUR_CALM));
     }
 
     #[test]
