@@ -317,6 +317,15 @@ impl Definition {
         Ok(definition)
     }
 
+    /// Whether the proxy of a pod answers DNS, so that rules may lead it there.
+    #[must_use]
+    pub fn serves_dns(&self, pod: &Pod) -> bool {
+        let node = self.nodes.iter().find(|node| node.name == pod.node && !pod.dedicated).map(|node| &node.env);
+        let own = node.unwrap_or(&pod.proxy_env);
+        let set = [own, &self.proxy_env].into_iter().find_map(|env| env.get("ISTIO_META_DNS_CAPTURE"));
+        set.is_none_or(|value| value.eq_ignore_ascii_case("true"))
+    }
+
     fn check(&self) -> Result<(), Error> {
         let refuse = |sentence: String| Err(Error::Definition(sentence));
         if self.nodes.is_empty() || self.nodes.len() > MOST {

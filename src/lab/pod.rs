@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use crate::sys::process::{bind_mount, create_mount_namespace, mount_tmpfs};
 
 /// How long a command may take until it listens on the ports of `waitFor`.
 const LISTENS_WITHIN: Duration = Duration::from_secs(20);
+/// The last address for services, where nobody is.
+const NAMESERVER: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 254);
 /// What a shell of Debian has.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -58,7 +61,7 @@ impl RunningPod {
         std::fs::create_dir_all(&own).map_err(failed())?;
         let (hosts, resolver) = (files.join("hosts"), files.join("resolv.conf"));
         std::fs::write(&hosts, "").map_err(failed())?;
-        std::fs::write(&resolver, "# names of the lab are in /etc/hosts\n").map_err(failed())?;
+        std::fs::write(&resolver, resolver_text(pod)).map_err(failed())?;
         let (shown, tmpfs) = (hosts.clone(), pod.tmpfs);
         let mounts = create_mount_namespace(move || {
             for (source, target) in [(&shown, "/etc/hosts"), (&resolver, "/etc/resolv.conf")] {
@@ -172,6 +175,15 @@ impl RunningPod {
             env: self.env.clone(),
         }
     }
+}
+
+/// Its `/etc/resolv.conf`. Names of the lab are in `/etc/hosts` too; the queries of captured pods are answered by the proxy, whatever the address.
+fn resolver_text(pod: &Pod) -> String {
+    if !pod.captured {
+        return "# names of the lab are in /etc/hosts\n".to_owned();
+    }
+    let namespace = &pod.namespace;
+    format!("nameserver {NAMESERVER}\nsearch {namespace}.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n")
 }
 
 /// Where a namespace can be opened, as far as the inside knows.

@@ -258,7 +258,8 @@ impl Running {
             }
         }
         if pod.captured {
-            rules::install(&netns, &RulesConfig::default()).map_err(Error::failed(format!("cannot capture pod {key}")))?;
+            let config = RulesConfig { dns_capture: self.definition.serves_dns(pod), ..RulesConfig::default() };
+            rules::install(&netns, &config).map_err(Error::failed(format!("cannot capture pod {key}")))?;
         }
         self.pods.insert(key, running);
         Ok(())

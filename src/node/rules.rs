@@ -26,7 +26,7 @@ pub const RETURN_ROUTE: MarkedLocalRoute = MarkedLocalRoute { mark: 0x111, mask:
 pub struct RulesConfig {
     /// Also write rules for IPv6. Default true; policy routes for IPv6 are left out where the pod's loopback has none.
     pub ipv6: bool,
-    /// Redirect DNS (UDP and TCP port 53) to 15053. Default false until the proxy answers DNS.
+    /// Redirect DNS (UDP and TCP port 53) to 15053 (`ambient.istio.io/dns-capture`). Default true; a proxy must serve it.
     pub dns_capture: bool,
     /// Leave inbound connections alone (`ambient.istio.io/bypass-inbound-capture`, for ingress gateways). Default false.
     pub bypass_inbound: bool,
@@ -42,7 +42,7 @@ impl Default for RulesConfig {
     fn default() -> Self {
         Self {
             ipv6: true,
-            dns_capture: false,
+            dns_capture: true,
             bypass_inbound: false,
             rerouted_interfaces: Vec::new(),
             probe_ipv4: Ipv4Addr::new(169, 254, 7, 127),
@@ -71,7 +71,7 @@ pub enum RulesError {
 /// Puts rules and routes into a pod, or brings those that are there up to date: the table is emptied and filled in one
 /// transaction, so there is no moment without rules, and connections that exist are not disturbed.
 ///
-/// The listeners on 15001, 15006 and 15008 must exist (see the module). Blocks for the time that `nft` runs, a few milliseconds.
+/// The listeners on 15001, 15006, 15008 and, with DNS capture, 15053 must exist (see the module). Blocks for the time that `nft` runs, a few milliseconds.
 ///
 /// # Errors
 /// See [`RulesError`]. If the rules fail, nothing captures; a route that was added before stays, which without rules has no effect.

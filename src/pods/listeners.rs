@@ -1,12 +1,15 @@
-//! The three listening sockets of a pod.
+//! The listening sockets of a pod.
 
 use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-use super::{Config, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PodListeners};
+use super::{Config, DnsAddress, DnsSockets, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PodListeners};
+use crate::sys::datagram::listen_udp;
 use crate::sys::netns::NetNs;
-use crate::sys::socket::{ListenOptions, Listener, is_unknown_family, listen_tcp, wildcard};
+use crate::sys::route::ipv6_usable;
+use crate::sys::socket::{ListenOptions, Listener, Transparency, is_unknown_family, listen_tcp, wildcard};
 
-/// Opens the listeners of a pod inside its namespace: all three, or none.
+/// Opens the listeners of a pod inside its namespace: all, or none.
 ///
 /// # Errors
 /// The namespace cannot be entered, a port is taken, or the mark or transparency is not allowed; the error names which.
@@ -21,17 +24,46 @@ pub fn open_listeners(netns: &NetNs, config: &Config) -> io::Result<PodListeners
     };
     // PING watches over tunnels (reference, dataplane §1.3).
     let tunnels = ListenOptions { keepalive: None, user_timeout: None, ..redirected.clone() };
-    let [outbound, plaintext, hbone] = netns.run(|| {
+    let ([outbound, plaintext, hbone], dns) = netns.run(|| {
         let open = |port, options| listen(port, config.ipv6, options);
-        Ok::<_, io::Error>([open(OUTBOUND_PORT, &redirected)?, open(PLAINTEXT_PORT, &redirected)?, open(HBONE_PORT, &tunnels)?])
+        let dns = config.dns.map(|address| dns_sockets(address, config)).transpose()?;
+        Ok::<_, io::Error>(([open(OUTBOUND_PORT, &redirected)?, open(PLAINTEXT_PORT, &redirected)?, open(HBONE_PORT, &tunnels)?], dns))
     })??;
+    let dns = dns.map(|(udp, tcp)| {
+        let udp = udp.into_iter().map(tokio::net::UdpSocket::from_std).collect::<io::Result<_>>()?;
+        let tcp = tcp.into_iter().map(|listener| tokio::net::TcpListener::from_std(listener.socket)).collect::<io::Result<_>>()?;
+        Ok::<_, io::Error>(DnsSockets { udp, tcp })
+    });
     Ok(PodListeners {
         transparent: outbound.transparent && plaintext.transparent && hbone.transparent,
         outbound: tokio::net::TcpListener::from_std(outbound.socket)?,
         plaintext: tokio::net::TcpListener::from_std(plaintext.socket)?,
         hbone: tokio::net::TcpListener::from_std(hbone.socket)?,
+        dns: dns.transpose()?,
         netns: netns.clone(),
     })
+}
+
+/// The sockets of DNS, marked as the others are, but not transparent: their clients are redirected to loopback.
+fn dns_sockets(address: DnsAddress, config: &Config) -> io::Result<(Vec<UdpSocket>, Vec<Listener>)> {
+    let addresses: Vec<SocketAddr> = match address {
+        DnsAddress::At(address) => vec![address],
+        DnsAddress::Loopback(port) => {
+            let v6 = (config.ipv6 && ipv6_usable()).then_some(SocketAddr::from((Ipv6Addr::LOCALHOST, port)));
+            std::iter::once(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).chain(v6).collect()
+        }
+    };
+    let options = ListenOptions {
+        mark: config.mark,
+        reuse_port: config.port_reuse,
+        transparent: Transparency::Never,
+        freebind: true,
+        keepalive: None,
+        ..ListenOptions::default()
+    };
+    let udp = addresses.iter().map(|address| listen_udp(*address, config.mark, config.port_reuse)).collect::<io::Result<_>>()?;
+    let tcp = addresses.iter().map(|address| listen_tcp(*address, &options)).collect::<io::Result<_>>()?;
+    Ok((udp, tcp))
 }
 
 fn listen(port: u16, ipv6: bool, options: &ListenOptions) -> io::Result<Listener> {
@@ -91,6 +123,32 @@ mod tests {
         assert!(error.to_string().contains("15008"), "{error}");
         drop(squatter);
         open_listeners(&netns, &exclusive).unwrap();
+    }
+
+    #[tokio::test]
+    async fn dns_listens_on_loopback_only_marked_over_both_transports_and_both_families_where_there_are_two() {
+        let netns = namespace();
+        let dns = open_listeners(&netns, &Config::default()).unwrap().dns.unwrap();
+        let udp: Vec<String> = dns.udp.iter().map(|socket| socket.local_addr().unwrap().to_string()).collect();
+        let tcp: Vec<String> = dns.tcp.iter().map(|socket| socket.local_addr().unwrap().to_string()).collect();
+        assert_eq!((udp, tcp), (vec!["127.0.0.1:15053".to_owned(), "[::1]:15053".to_owned()], vec!["127.0.0.1:15053".into(), "[::1]:15053".into()]));
+        for socket in dns.udp.iter().map(SockRef::from).chain(dns.tcp.iter().map(SockRef::from)) {
+            assert_eq!((socket.mark().unwrap(), socket.reuse_port().unwrap()), (PACKET_MARK, true));
+        }
+        drop(dns);
+        let count = |config: &Config| open_listeners(&netns, config).unwrap().dns.map(|dns| (dns.udp.len(), dns.tcp.len()));
+        assert_eq!(count(&Config { ipv6: false, ..Config::default() }), Some((1, 1)));
+        assert_eq!(count(&Config { dns: None, ..Config::default() }), None);
+        assert_eq!(count(&Config { dns: Some(DnsAddress::At("127.0.0.2:5353".parse().unwrap())), ..Config::default() }), Some((1, 1)));
+        netns.run(|| std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1")).unwrap().unwrap();
+        assert_eq!(count(&Config::default()), Some((1, 1)));
+        let squatter = netns.run(|| UdpSocket::bind("127.0.0.1:15053")).unwrap().unwrap();
+        let error = open_listeners(&netns, &Config::default()).unwrap_err();
+        assert!(error.to_string().contains("127.0.0.1:15053 (UDP)"), "{error}");
+        drop(squatter);
+        // A namespace whose loopback is not up yet.
+        let dns = open_listeners(&NetNs::create().unwrap(), &Config::default()).unwrap().dns.unwrap();
+        assert!(!dns.udp.is_empty() && !dns.tcp.is_empty());
     }
 
     #[tokio::test]

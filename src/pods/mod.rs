@@ -11,6 +11,7 @@ mod listeners;
 mod request;
 mod view;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub use view::{PodStats, PodsView};
 pub const OUTBOUND_PORT: u16 = 15001;
 /// Port of captured inbound plaintext connections.
 pub const PLAINTEXT_PORT: u16 = 15006;
+/// Port of captured DNS queries, UDP and TCP.
+pub const DNS_PORT: u16 = 15053;
 /// Port of inbound tunnels.
 pub const HBONE_PORT: u16 = 15008;
 /// The mark on every socket made in a pod (reference, dataplane §1.2); the pod's rules leave marked packets alone.
@@ -52,6 +55,8 @@ pub struct Config {
     pub ipv6: bool,
     /// Time between attempts to serve a pod whose listeners could not be opened. Default 5 s, as the reference.
     pub retry: Duration,
+    /// Where DNS is served in the pods. Default on loopback, port 15053 (`DNS_PROXY_ADDR`); `None` without DNS capture (`DNS_CAPTURE`).
+    pub dns: Option<DnsAddress>,
     /// How long connections of the pods may go on after a graceful shutdown began. Default 5 s; the chart sets it below the grace period.
     pub drain_deadline: Duration,
 }
@@ -67,9 +72,34 @@ impl Default for Config {
             user_timeout: None,
             ipv6: true,
             retry: Duration::from_secs(5),
+            dns: Some(DnsAddress::default()),
             drain_deadline: Duration::from_secs(5),
         }
     }
+}
+
+/// Where DNS is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DnsAddress {
+    /// A port of 127.0.0.1, and of ::1 where there is one.
+    Loopback(u16),
+    /// One address.
+    At(SocketAddr),
+}
+
+impl Default for DnsAddress {
+    fn default() -> Self {
+        Self::Loopback(DNS_PORT)
+    }
+}
+
+/// The sockets on which DNS of one pod is served.
+#[derive(Debug)]
+pub struct DnsSockets {
+    /// One per address.
+    pub udp: Vec<tokio::net::UdpSocket>,
+    /// One per address.
+    pub tcp: Vec<tokio::net::TcpListener>,
 }
 
 /// The listening sockets of one pod, and the namespace for the sockets that will be dialled from it.
@@ -81,6 +111,8 @@ pub struct PodListeners {
     pub plaintext: tokio::net::TcpListener,
     /// Port 15008: tunnels to the pod.
     pub hbone: tokio::net::TcpListener,
+    /// Port 15053, if DNS is captured.
+    pub dns: Option<DnsSockets>,
     /// Whether dialled sockets of this pod may take the client's address.
     pub transparent: bool,
     /// The pod's network namespace.

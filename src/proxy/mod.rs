@@ -1,4 +1,5 @@
-//! The data path: one connection from accept to close, outbound (15001), inbound HBONE (15008) and inbound plaintext (15006).
+//! The data path: one connection from accept to close, outbound (15001), inbound HBONE (15008) and inbound plaintext (15006);
+//! and the pods' DNS (15053).
 //! It never opens a connection for a destination that policy has not permitted, and never holds mesh state of its own: it reads the snapshot.
 //! Main types: [`Node`] (what all pods share), [`PodProxy`] (one pod), and the journey of a connection in `session`.
 
@@ -6,6 +7,7 @@ mod accept;
 mod announcement;
 mod connections;
 mod demand;
+pub mod dns;
 mod failed_dials;
 mod guard;
 mod inbound;

@@ -6,10 +6,11 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::Duration;
 
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 use super::Config;
 use crate::hbone::Dialer;
+use crate::sys::datagram::dial_udp;
 use crate::sys::netns::NetNs;
 use crate::sys::socket::{DialOptions, dial_socket};
 
@@ -48,6 +49,32 @@ impl PodSockets {
     /// Those of [`deliver`](Self::deliver).
     pub async fn connect(&self, target: SocketAddr) -> io::Result<TcpStream> {
         self.open(target, None, &self.options).await
+    }
+
+    /// A UDP socket to a nameserver: of the pod, so that its NetworkPolicy holds, but of this process for a nameserver on a loopback address, which
+    /// is nobody in the pod.
+    ///
+    /// # Errors
+    /// See [`dial_udp`].
+    pub(super) fn datagrams(&self, nameserver: SocketAddr) -> io::Result<UdpSocket> {
+        let make = || dial_udp(nameserver, self.options.mark);
+        let socket = match &self.netns {
+            Some(netns) if !nameserver.ip().is_loopback() => netns.run(make)??,
+            _ => make()?,
+        };
+        UdpSocket::from_std(socket)
+    }
+
+    /// A connection to a nameserver, from where [`datagrams`](Self::datagrams) go out.
+    ///
+    /// # Errors
+    /// Those of [`connect`](Self::connect).
+    pub(super) async fn resolver(&self, nameserver: SocketAddr) -> io::Result<TcpStream> {
+        if nameserver.ip().is_loopback() {
+            let here = Self { netns: None, ..self.clone() };
+            return here.connect(nameserver).await;
+        }
+        self.connect(nameserver).await
     }
 
     async fn open(&self, target: SocketAddr, source: Option<SocketAddr>, options: &DialOptions) -> io::Result<TcpStream> {

@@ -5,6 +5,7 @@
 //! Errors are `std::io::Error` throughout, because every failure here is a system call's; where the number alone would not tell a
 //! person what to do, the error carries a sentence.
 
+pub mod datagram;
 pub mod limits;
 pub mod link;
 pub mod memory;

@@ -57,6 +57,8 @@ pub struct ListenOptions {
     pub reuse_port: bool,
     /// `IP_TRANSPARENT` / `IPV6_TRANSPARENT`.
     pub transparent: Transparency,
+    /// `IP_FREEBIND` / `IPV6_FREEBIND`: the address may come later, as those of loopback do in a pod that is being made.
+    pub freebind: bool,
     /// Keepalive of accepted sockets; `None` switches it off.
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` of accepted sockets; `None` leaves the kernel's.
@@ -73,6 +75,7 @@ impl Default for ListenOptions {
             mark: None,
             reuse_port: false,
             transparent: Transparency::Try,
+            freebind: false,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
             backlog: 1024,
@@ -125,6 +128,9 @@ pub fn listen_tcp(address: SocketAddr, options: &ListenOptions) -> io::Result<Li
             true
         }
     };
+    if options.freebind {
+        set_freebind(&socket, address.is_ipv6())?;
+    }
     tune(&socket, options.keepalive, options.user_timeout)?;
     socket.bind(&address.into()).map_err(|error| named(&format!("bind {address}"), &error))?;
     socket.listen(i32::from(options.backlog)).map_err(|error| named(&format!("listen on {address}"), &error))?;
@@ -190,12 +196,16 @@ fn bind_foreign(socket: &Socket, source: IpAddr) -> io::Result<()> {
     socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))
 }
 
-fn set_mark(socket: &Socket, mark: Option<u32>) -> io::Result<()> {
+pub(super) fn set_mark(socket: &Socket, mark: Option<u32>) -> io::Result<()> {
     mark.map_or(Ok(()), |mark| socket.set_mark(mark).map_err(|error| named("SO_MARK (needs CAP_NET_ADMIN)", &error)))
 }
 
 fn set_transparent(socket: &Socket, ipv6: bool) -> io::Result<()> {
     if ipv6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) }
+}
+
+pub(super) fn set_freebind(socket: &Socket, ipv6: bool) -> io::Result<()> {
+    if ipv6 { socket.set_freebind_v6(true) } else { socket.set_freebind_v4(true) }
 }
 
 fn tune(socket: &Socket, keepalive: Option<Keepalive>, user_timeout: Option<Duration>) -> io::Result<()> {
@@ -210,7 +220,7 @@ fn tune(socket: &Socket, keepalive: Option<Keepalive>, user_timeout: Option<Dura
     Ok(())
 }
 
-fn named(what: &str, error: &io::Error) -> io::Error {
+pub(super) fn named(what: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 

@@ -21,6 +21,7 @@ mod abuse;
 mod balancing;
 mod ca;
 mod calls;
+mod dns;
 mod gateway;
 mod lifecycle;
 mod policy;

@@ -123,7 +123,7 @@ fn known_workloads_do_not_notice_that_the_control_plane_dies_and_comes_back() {
 
 #[test]
 fn on_demand_a_proxy_knows_its_own_pods_and_what_was_asked_for_and_keeps_it() {
-    let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true'}}\n"));
+    let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true', ISTIO_META_DNS_CAPTURE: 'false'}}\n"));
     serve_echo(mesh.listen("server", 8080));
     let known = || -> Vec<String> {
         let dump = mesh.config_dump("left");

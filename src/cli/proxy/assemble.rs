@@ -31,6 +31,7 @@ use crate::identity::{self, Credentials, Issuer, LocalIssuer, RemoteIssuer, Revo
 use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
+use crate::proxy::dns::Dns;
 use crate::proxy::{ConnectionTable, FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
 use crate::telemetry::logging::{self, LogConfig, LogFormat, LogHandle};
@@ -110,10 +111,12 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
         dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),
         failed_dials: FailedDials::new(settings.failed_dials),
     });
+    let dns = settings.pods.dns.map(|_| telemetry.registry(|registry| Dns::new(settings.dns.clone(), registry)));
+    let dns_ready = dns.as_ref().map(|_| readiness.register("dns proxy"));
     let (trigger, drain) = drain::channel();
     let pods = match &settings.mode {
-        Mode::Shared => Pods::Many(start_shared(&settings, &node, (data, &drain), (&supervisor, &readiness))),
-        Mode::Dedicated(name) => Pods::One(name.clone(), start_dedicated(&settings, &node, name, (data, &drain))?),
+        Mode::Shared => Pods::Many(start_shared(&settings, (&node, dns), (data, &drain), (&supervisor, &readiness))),
+        Mode::Dedicated(name) => Pods::One(name.clone(), start_dedicated(&settings, (&node, dns), name, (data, &drain))?),
     };
     telemetry.registry(|registry| registry.register_collector(Box::new(Counts { pods: pods.view(), reloads })));
     if let Some(name) = settings.own.clone() {
@@ -124,6 +127,9 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
     start_pages(&settings, (&telemetry, &readiness), dump(&settings, &mesh, &credentials, pods), (log, quit.clone(), data, &drain)).await?;
     drop(drain);
     proxy_ready.ready();
+    if let Some(token) = dns_ready {
+        token.ready();
+    }
     wait_and_drain(&settings, trigger, &quit, supervisor).await
 }
 
@@ -236,6 +242,7 @@ impl Pods {
 /// Makes a [`PodProxy`] of each pod that the agent names.
 struct Runner {
     node: Arc<Node>,
+    dns: Option<Arc<Dns>>,
     process: DrainWatcher,
 }
 
@@ -244,26 +251,30 @@ impl PodRunner for Runner {
         let (trigger, drain) = drain::channel();
         let name = LocalName { name: pod.name.into(), namespace: pod.namespace.into(), service_account: pod.service_account.into() };
         let sockets = PodSockets::new(Some(listeners.netns.clone()), listeners.transparent, &self.node.config);
-        let proxy = start_pod(PodProxy::new(self.node.clone(), name, sockets, self.process.clone()), listeners, &drain);
+        let proxy = PodProxy::new(self.node.clone(), name, sockets, self.process.clone());
+        let proxy = start_pod(&proxy, listeners, self.dns.as_ref(), &drain);
         RunningPod::new(trigger, Arc::new(move || proxy.dump()))
     }
 }
 
-fn start_pod(proxy: Arc<PodProxy>, listeners: PodListeners, drain: &DrainWatcher) -> Arc<ConnectionTable> {
+fn start_pod(proxy: &Arc<PodProxy>, listeners: PodListeners, dns: Option<&Arc<Dns>>, drain: &DrainWatcher) -> Arc<ConnectionTable> {
     proxy.serve_outbound(listeners.outbound, drain.clone());
     proxy.serve_plaintext(listeners.plaintext, drain.clone());
     proxy.serve_hbone(listeners.hbone, drain.clone());
+    if let (Some(sockets), Some(dns)) = (listeners.dns, dns) {
+        proxy.serve_dns(sockets, dns, drain);
+    }
     proxy.connections().clone()
 }
 
 fn start_shared(
     settings: &Settings,
-    node: &Arc<Node>,
+    (node, dns): (&Arc<Node>, Option<Arc<Dns>>),
     (data, drain): (&Handle, &DrainWatcher),
     (supervisor, readiness): (&Supervisor, &Readiness),
 ) -> PodsView {
     let token = readiness.register("workload proxy manager");
-    let (client, view) = pods::Client::new(settings.pods.clone(), Arc::new(Runner { node: node.clone(), process: drain.clone() }));
+    let (client, view) = pods::Client::new(settings.pods.clone(), Arc::new(Runner { node: node.clone(), dns, process: drain.clone() }));
     let mut ready = view.ready();
     data.spawn(async move {
         loop {
@@ -297,7 +308,7 @@ fn start_shared(
 
 fn start_dedicated(
     settings: &Settings,
-    node: &Arc<Node>,
+    (node, dns): (&Arc<Node>, Option<Arc<Dns>>),
     name: &LocalName,
     (data, drain): (&Handle, &DrainWatcher),
 ) -> anyhow::Result<Arc<ConnectionTable>> {
@@ -306,7 +317,7 @@ fn start_dedicated(
     let listeners = pods::open_listeners(&own, &settings.pods)?;
     let sockets = PodSockets::new(None, listeners.transparent, &node.config);
     let proxy = PodProxy::new(node.clone(), name.clone(), sockets, drain.clone());
-    Ok(start_pod(proxy, listeners, &drained_with_the_process(settings, drain)))
+    Ok(start_pod(&proxy, listeners, dns.as_ref(), &drained_with_the_process(settings, drain)))
 }
 
 /// Buffers that no worker has needed for a second go back to the allocator, also those of workers that have nothing to do.

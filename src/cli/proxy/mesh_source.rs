@@ -88,6 +88,11 @@ impl MeshArgs {
         })
     }
 
+    /// Whether a control plane is asked only for what connections need.
+    pub(super) fn is_on_demand(&self) -> bool {
+        self.xds_on_demand && self.local_xds_path.is_none() && self.local_xds.is_none()
+    }
+
     /// Checks what the types cannot. `environment` is what the metadata and headers are taken from.
     pub(super) fn source(&self, oneself: &Oneself<'_>, environment: &[(String, String)]) -> anyhow::Result<MeshSource> {
         match (&self.local_xds_path, &self.local_xds) {

@@ -2,6 +2,7 @@
 
 mod assemble;
 mod control_plane;
+mod dns;
 mod mesh_source;
 mod settings;
 mod workers;

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 
 use super::super::duration;
 use super::control_plane::{CaArgs, CaSource, environment, token};
+use super::dns::DnsArgs;
 use super::mesh_source::{MeshArgs, MeshSource, Oneself};
 use crate::discovery::LocalName;
 use crate::sys::socket::{Keepalive, Transparency};
@@ -43,6 +44,8 @@ pub(crate) struct Args {
     mesh: MeshArgs,
     #[command(flatten)]
     ca: CaArgs,
+    #[command(flatten)]
+    dns: DnsArgs,
     /// How long workload certificates are valid.
     #[arg(long, env = "SECRET_TTL", default_value = "24h", value_parser = duration::parse)]
     secret_ttl: Duration,
@@ -189,6 +192,7 @@ pub(super) struct Settings {
     pub(super) crl_path: Option<PathBuf>,
     pub(super) secret_ttl: Duration,
     pub(super) pods: crate::pods::Config,
+    pub(super) dns: crate::proxy::dns::Config,
     pub(super) ipv6: bool,
     pub(super) proxy: crate::proxy::Config,
     pub(super) hbone: crate::hbone::Config,
@@ -269,9 +273,11 @@ impl Args {
                 keepalive,
                 user_timeout,
                 ipv6: self.ipv6_enabled,
+                dns: self.dns.address(self.mesh.is_on_demand())?,
                 drain_deadline: self.drain(),
                 ..crate::pods::Config::default()
             },
+            dns: self.dns.config(self.ipv6_enabled, mode != Mode::Shared),
             ipv6: self.ipv6_enabled,
             proxy: crate::proxy::Config {
                 route: crate::proxy::route::RouteConfig { network: self.network.as_str().into(), socks: false },
@@ -368,7 +374,7 @@ impl Args {
             "statsPort": self.stats_port, "readinessPort": self.readiness_port,
         });
         // In parts, for the macro's sake.
-        for part in [self.mesh.dump(), self.ca.dump()] {
+        for part in [self.mesh.dump(), self.ca.dump(), self.dns.dump()] {
             if let (Some(all), serde_json::Value::Object(more)) = (dump.as_object_mut(), part) {
                 all.extend(more);
             }

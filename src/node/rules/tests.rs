@@ -19,6 +19,14 @@ const DEFAULT: &str = r#"# Emptied and filled in one transaction. Sockets of the
 add table inet culvert
 flush table inet culvert
 table inet culvert {
+    chain raw_prerouting {
+        type filter hook prerouting priority -300; policy accept;
+        udp sport 53 meta mark & 0xfff != 0x539 counter ct zone set 1 comment "answers to the proxy's own DNS queries"
+    }
+    chain raw_output {
+        type filter hook output priority -300; policy accept;
+        udp dport 53 meta mark & 0xfff == 0x539 counter ct zone set 1 comment "the proxy's own DNS queries, apart from the pod's"
+    }
     chain mangle_prerouting {
         type filter hook prerouting priority -150; policy accept;
         meta mark & 0xfff == 0x539 counter ct mark set ct mark & 0xfffff000 | 0x111 comment "remember connections from the proxy"
@@ -38,6 +46,9 @@ table inet culvert {
         type nat hook output priority -100; policy accept;
         ip daddr 169.254.7.127 meta l4proto tcp counter accept comment "answers to probes"
         ip6 daddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff meta l4proto tcp counter accept comment "answers to probes"
+        oifname != "lo" udp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053 comment "DNS over UDP"
+        ip daddr != 127.0.0.1 tcp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053 comment "DNS over TCP"
+        ip6 daddr != ::1 tcp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053 comment "DNS over TCP"
         meta l4proto tcp meta mark & 0xfff == 0x111 counter accept comment "answers to the proxy"
         oifname "lo" ip daddr != 127.0.0.1 counter accept comment "the pod calls itself"
         oifname "lo" ip6 daddr != ::1 counter accept comment "the pod calls itself"
@@ -245,12 +256,13 @@ fn installing_again_replaces_the_rules_and_removing_leaves_nothing() {
     let state = || pod.run(|| sh("nft list ruleset; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all")).unwrap();
     pod.run(|| sh("ip link set lo up")).unwrap();
     let before = state();
-    install(&pod, &RulesConfig { dns_capture: true, rerouted_interfaces: vec!["tap0".into()], ..RulesConfig::default() }).unwrap();
+    install(&pod, &RulesConfig { rerouted_interfaces: vec!["tap0".into()], ..RulesConfig::default() }).unwrap();
     assert!(state().contains("tap0") && state().contains("15053"));
-    install(&pod, &RulesConfig::default()).unwrap();
+    let without_dns = RulesConfig { dns_capture: false, ..RulesConfig::default() };
+    install(&pod, &without_dns).unwrap();
     let once = state();
     assert!(!once.contains("tap0") && !once.contains("15053"), "{once}");
-    install(&pod, &RulesConfig::default()).unwrap();
+    install(&pod, &without_dns).unwrap();
     assert_eq!(state(), once);
     remove(&pod).unwrap();
     remove(&pod).unwrap();

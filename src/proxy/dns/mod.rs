@@ -1,0 +1,140 @@
+//! DNS of captured pods (port 15053): answers names of the mesh from the snapshot, and passes every other question on to the resolvers of the node's
+//! proxy, byte for byte (reference, dataplane §9). It keeps no cache and never answers for what the mesh does not own; a question that nobody
+//! answers is a SERVFAIL, so that clients do not wait.
+//! Main types: [`Dns`] (what all pods of a node share), `Query` (one message), `Scope` (who asks).
+//!
+//! A question passed on goes out of the pod's namespace with the proxy's mark, so that a NetworkPolicy of the pod holds for it and no rule captures
+//! it again; each has a socket, and so a random port, and a random id of its own. Only nameservers on loopback addresses are asked from the proxy's
+//! own namespace: that is where such an address means something (the reference asks nobody then).
+
+mod forward;
+mod message;
+mod metrics;
+mod names;
+mod resolv_conf;
+mod serve;
+mod tcp;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use prometheus_client::registry::Registry;
+use rand::seq::SliceRandom;
+
+use crate::discovery::LocalName;
+use crate::lifecycle::{PermitLimits, Permits};
+use crate::model::{Snapshot, Workload};
+use message::Query;
+use metrics::DnsMetrics;
+use names::{Family, MOST_ADDRESSES, Scope};
+use resolv_conf::Upstreams;
+
+/// How names are answered.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Domain of the cluster's services (`CLUSTER_DOMAIN`). Default `cluster.local`.
+    pub cluster_domain: String,
+    /// Namespace whose services win when nothing else decides between services of one name (`PREFERED_SERVICE_NAMESPACE`). Default none.
+    pub preferred_namespace: Option<String>,
+    /// Whether IPv6 addresses are given (`IPV6_ENABLED`). Default true.
+    pub ipv6: bool,
+    /// Where the nameservers are listed. Default `/etc/resolv.conf`.
+    pub resolv_conf: PathBuf,
+    /// Whether the search domains are those of that file, as a dedicated proxy's pod has them, rather than those that Kubernetes gives every pod.
+    /// Default false.
+    pub own_search_domains: bool,
+    /// Questions under way (passed on, or waiting for the pod to be known) of one pod; further ones are refused. Default 256.
+    pub pending_per_pod: usize,
+    /// The same for the whole node. Default 4096.
+    pub pending: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cluster_domain: "cluster.local".into(),
+            preferred_namespace: None,
+            ipv6: true,
+            resolv_conf: "/etc/resolv.conf".into(),
+            own_search_domains: false,
+            pending_per_pod: 256,
+            pending: 4096,
+        }
+    }
+}
+
+/// What the DNS of all pods of a node shares.
+#[derive(Debug)]
+pub struct Dns {
+    config: Config,
+    upstreams: Upstreams,
+    pending: Permits<LocalName>,
+    metrics: DnsMetrics,
+}
+
+/// How a question arrives and is passed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Udp,
+    Tcp,
+}
+
+impl Transport {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+impl Dns {
+    /// With its metrics in `registry`.
+    #[must_use]
+    pub fn new(config: Config, registry: &mut Registry) -> Arc<Self> {
+        let config = Config { cluster_domain: config.cluster_domain.trim_matches('.').to_ascii_lowercase(), ..config };
+        let limits = PermitLimits { total: config.pending, per_key: config.pending_per_pod };
+        let (upstreams, metrics) = (Upstreams::new(config.resolv_conf.clone()), DnsMetrics::register(registry));
+        Arc::new(Self { config, upstreams, pending: Permits::new(limits), metrics })
+    }
+
+    /// The answer to a question of a workload, if the mesh owns the name.
+    fn answer(&self, snapshot: &Snapshot, client: &Workload, query: &Query, transport: Transport) -> Option<Vec<u8>> {
+        let (family, name) = (query.family()?, query.name.as_deref()?);
+        let (namespace, domain) = (&client.profile.namespace, &self.config.cluster_domain);
+        let search =
+            if self.config.own_search_domains { self.upstreams.current().search.clone() } else { search_of_kubernetes(namespace, domain).to_vec() };
+        let scope = Scope {
+            namespace,
+            network: &client.profile.network,
+            search: &search,
+            cluster_domain: domain,
+            preferred_namespace: self.config.preferred_namespace.as_deref(),
+        };
+        let found = names::find(snapshot, &scope, name)?;
+        let mut addresses = match family {
+            Family::Ipv6 if !self.config.ipv6 => Vec::new(),
+            _ => names::addresses(snapshot, &scope, &found.service, family),
+        };
+        addresses.shuffle(&mut rand::rng());
+        addresses.truncate(MOST_ADDRESSES);
+        let limit = match transport {
+            Transport::Udp => query.udp_limit(),
+            Transport::Tcp => usize::from(u16::MAX),
+        };
+        tracing::debug!(
+            target: "dns",
+            { src.workload = &*client.name, src.namespace = &**namespace, query = %query.kind, domain = name, result = found.hostname,
+              endpoints = ?addresses },
+            "answered"
+        );
+        // An answer without addresses names no one.
+        let canonical_labels = found.canonical_labels.filter(|_| !addresses.is_empty());
+        Some(query.answer(&addresses, canonical_labels, limit))
+    }
+}
+
+/// The search domains that Kubernetes gives a pod.
+fn search_of_kubernetes(namespace: &str, domain: &str) -> [String; 3] {
+    [format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()]
+}
