@@ -12,6 +12,8 @@ use culvert::lab::Place;
 use culvert::sys::netns::NetNs;
 use hickory_proto::op::{Message, MessageType, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::mesh::{Mesh, PATIENCE, alone, installed, report, wait_until};
 
@@ -77,10 +79,11 @@ impl Ground {
         let udp = self.mesh.run_in(place, || UdpSocket::bind(self.resolver)).unwrap();
         let tcp = self.mesh.run_in(place, || TcpListener::bind(self.resolver)).unwrap();
         let (answer, asked) = (Arc::new(answer), Arc::new(AtomicU32::new(0)));
-        let (answer_udp, asked_udp) = (answer.clone(), asked.clone());
+        let (answer_udp, asked_udp, client) = (answer.clone(), asked.clone(), self.mesh.ip("client"));
         thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok((length, peer)) = udp.recv_from(&mut buffer) {
+                assert_eq!(peer.ip(), client, "asked by the pod itself, as its NetworkPolicy sees it");
                 asked_udp.fetch_add(1, Ordering::Relaxed);
                 if let Some(answer) = answer_udp(Message::from_vec(&buffer[..length]).unwrap()) {
                     udp.send_to(&answer.to_vec().unwrap(), peer).unwrap();
@@ -90,6 +93,7 @@ impl Ground {
         let asked_tcp = asked.clone();
         thread::spawn(move || {
             for mut stream in tcp.incoming().map_while(Result::ok) {
+                assert_eq!(stream.peer_addr().unwrap().ip(), client);
                 asked_tcp.fetch_add(1, Ordering::Relaxed);
                 if let Some(answer) = answer(receive(&mut stream)) {
                     send(&mut stream, &answer);
@@ -427,4 +431,29 @@ pods:
     assert_eq!((length, peer.ip()), (22, mesh.ip("client")));
     let error = mesh.run_in(Place::Pod("client"), || TcpStream::connect(("127.0.0.1", 15053))).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn questions_under_way_are_answered_while_a_proxy_drains() {
+    let ground = Ground::up();
+    let release = Arc::new(std::sync::Barrier::new(3));
+    let held = release.clone();
+    let asked = ground.serve(move |query| {
+        held.wait();
+        Some(text(query, "late"))
+    });
+    let question = query("slow.example.", RecordType::TXT);
+    let (socket, mut stream) = (ground.udp(NAMESERVER), ground.tcp(NAMESERVER));
+    socket.send(&question.to_vec().unwrap()).unwrap();
+    send(&mut stream, &question);
+    wait_until("both questions are with the resolver", || asked.load(Ordering::Relaxed) == 2);
+    let proxy = ground.mesh.proxy("left");
+    kill(Pid::from_raw(proxy.pid), Signal::SIGTERM).unwrap();
+    ground.mesh.wait_for_log("left", &["draining"]);
+    release.wait();
+    let mut buffer = [0; 512];
+    let length = socket.recv(&mut buffer).unwrap();
+    assert_eq!(Message::from_vec(&buffer[..length]).unwrap(), text(question.clone(), "late"));
+    assert_eq!(receive(&mut stream), text(question, "late"));
+    wait_until("the proxy has ended, now that nobody waits", || !proxy.lives());
 }
