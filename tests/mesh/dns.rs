@@ -28,6 +28,7 @@ nodes: [left, right]
 proxyEnv: {{CULVERT_RESOLV_CONF: "{resolv_conf}", RUST_LOG: "info,dns=debug"}}
 pods:
   - {{name: client, serviceAccount: client, node: left, labels: {{app: client}}}}
+  - {{name: own, serviceAccount: own, node: left, dedicated: true}}
   - {{name: web-a, serviceAccount: web, node: right, labels: {{app: web}}}}
   - {{name: web-b, serviceAccount: web, node: right, labels: {{app: web}}}}
   - {{name: resolver, node: right, captured: false}}
@@ -179,6 +180,9 @@ fn names_of_the_mesh_are_answered_over_udp_and_tcp_in_both_families_to_raw_queri
             }
         }
     }
+    // A dedicated proxy does the same for its pod.
+    let own = exchange(&udp_in(&mesh.netns(Place::Pod("own")), NAMESERVER), &query("web.", RecordType::A));
+    assert_eq!((said(&own), addresses(&own)), ((ResponseCode::NoError, true, 1), [vip].into()));
     // A headless service is its pods.
     let pods = [mesh.ip("web-a"), mesh.ip("web-b")];
     assert_eq!(addresses(&ground.ask(&query("pods.default.svc.cluster.local.", RecordType::A))), pods.into());
