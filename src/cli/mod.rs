@@ -9,7 +9,7 @@ mod proxy;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// An ambient-mode mesh data plane: one L4 proxy per node, HBONE tunnels, zero-copy forwarding.
 #[derive(Debug, Parser)]
@@ -33,7 +33,25 @@ enum Command {
 
 /// Runs the command line and returns the process's exit code: 0 for success, 1 for a failure, 2 for a wrong command line.
 pub fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    parse().and_then(run).unwrap_or_else(|error| {
+        eprintln!("culvert: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// The command line; for a proxy once more with the defaults of its ProxyConfig, which nobody else has to be able to read.
+fn parse() -> anyhow::Result<Cli> {
+    let cli = Cli::parse();
+    if !matches!(cli.command, Command::Proxy(_)) {
+        return Ok(cli);
+    }
+    let config = proxy::ProxyConfig::of_environment()?;
+    let command = Cli::command().mut_subcommand("proxy", |command| config.defaults(command));
+    Ok(Cli::from_arg_matches(&command.get_matches())?)
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
         Command::Proxy(args) => proxy::run(&args),
         Command::Control(args) => control::run(&args),
         Command::Lab(args) => lab::run(args),
@@ -41,9 +59,5 @@ pub fn main() -> ExitCode {
             println!("culvert {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
         }
-    };
-    outcome.unwrap_or_else(|error| {
-        eprintln!("culvert: {error:#}");
-        ExitCode::FAILURE
-    })
+    }
 }

@@ -86,7 +86,7 @@ impl CaArgs {
     /// What `config_dump` shows of it; never the token.
     pub(super) fn dump(&self) -> serde_json::Value {
         serde_json::json!({
-            "localCaDir": self.local_ca_dir, "caAddress": self.ca_address, "caRootCa": self.ca_root_ca, "altCaHostname": self.alt_ca_hostname,
+            "localCaDir": self.local_ca_dir, "caAddress": self.ca_address, "caRootCert": self.ca_root_ca, "altCaHostname": self.alt_ca_hostname,
             "crlPath": self.crl_path,
         })
     }
@@ -99,7 +99,10 @@ pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
 
 /// Where the control plane is when nobody says.
 pub(super) fn default_address() -> &'static str {
-    let kubernetes = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    default_address_where(std::env::var_os("KUBERNETES_SERVICE_HOST").is_some())
+}
+
+fn default_address_where(kubernetes: bool) -> &'static str {
     if kubernetes { "https://istiod.istio-system.svc:15012" } else { "https://localhost:15012" }
 }
 
@@ -164,6 +167,13 @@ mod tests {
         let environment = [("CA_HEADER_X_TEAM", "blue"), ("XDS_HEADER_X_TEAM", "red"), ("PATH", "/bin")];
         let environment = environment.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(headers("CA_HEADER_", "c", environment), [("clusterid".to_owned(), "c".to_owned()), ("X_TEAM".to_owned(), "blue".to_owned())]);
+    }
+
+    #[test]
+    fn within_kubernetes_the_control_plane_is_istiod_and_elsewhere_this_machine() {
+        assert_eq!(default_address_where(true), "https://istiod.istio-system.svc:15012");
+        assert_eq!(default_address_where(false), "https://localhost:15012");
+        assert_eq!(default_address(), default_address_where(std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()));
     }
 
     #[test]

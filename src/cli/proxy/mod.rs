@@ -4,9 +4,12 @@ mod assemble;
 mod control_plane;
 mod dns;
 mod mesh_source;
+mod proxy_config;
 mod settings;
+mod threads;
 mod workers;
 
+pub(super) use proxy_config::ProxyConfig;
 pub(super) use settings::Args;
 
 use std::process::ExitCode;

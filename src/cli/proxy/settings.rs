@@ -10,6 +10,8 @@ use super::super::duration;
 use super::control_plane::{CaArgs, CaSource, environment, token};
 use super::dns::DnsArgs;
 use super::mesh_source::{MeshArgs, MeshSource, Oneself};
+use super::proxy_config::METADATA_PREFIX;
+use super::threads::ThreadArgs;
 use crate::discovery::LocalName;
 use crate::sys::socket::{Keepalive, Transparency};
 
@@ -31,6 +33,15 @@ pub(crate) struct Args {
     /// Name of this cluster.
     #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
     cluster_id: String,
+    /// The same; wins over CLUSTER_ID.
+    #[arg(long, env = "ISTIO_META_CLUSTER_ID")]
+    meta_cluster_id: Option<String>,
+    /// Node metadata that the control plane is told, KEY=VALUE; may be said more than once. A variable ISTIO_META_KEY=VALUE says the same and wins;
+    /// ISTIO_METAJSON_KEY takes JSON. Default: proxyMetadata of PROXY_CONFIG, which is YAML (or JSON) over defaultConfig of the file
+    /// ./etc/istio/config/mesh. Its discoveryAddress, proxyAdminPort, statsPort and concurrency are defaults of XDS_ADDRESS, CULVERT_ADMIN_PORT,
+    /// CULVERT_STATS_PORT and ZTUNNEL_WORKER_THREADS.
+    #[arg(long, value_name = "KEY=VALUE")]
+    metadata: Vec<String>,
     /// Name of the proxy's own pod; with POD_NAMESPACE and SERVICE_ACCOUNT, metrics are served over HBONE too.
     #[arg(long, env = "POD_NAME")]
     pod_name: Option<String>,
@@ -128,9 +139,8 @@ pub(crate) struct Args {
     /// The pod's grace period; the drain takes a little less.
     #[arg(long, env = "TERMINATION_GRACE_PERIOD_SECONDS")]
     termination_grace_period_seconds: Option<u64>,
-    /// Worker threads: a number, a percentage of the CPUs such as `25%`, or 0 for all CPUs. Default max(2, 25 % of the CPUs).
-    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
-    worker_threads: Option<String>,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Use IPv6.
     #[arg(long, env = "IPV6_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
     ipv6_enabled: bool,
@@ -236,7 +246,7 @@ impl Args {
             namespace: self.pod_namespace.as_deref(),
             token: token(self.ca.auth_token.as_deref()),
         };
-        let mut source = self.mesh.source(&oneself, &environment().collect::<Vec<_>>())?;
+        let mut source = self.mesh.source(&oneself, &self.named_environment()?)?;
         if self.http2_connection_window_size <= self.http2_stream_window_size {
             bail!("HTTP2_CONNECTION_WINDOW_SIZE must exceed HTTP2_STREAM_WINDOW_SIZE, or one stream that is not read blocks all others");
         }
@@ -307,7 +317,7 @@ impl Args {
             failed_dials: self.max_failed_dials,
             receive_budget: self.receive_budget,
             drain: self.drain(),
-            workers: workers(self.worker_threads.as_deref(), cpus()).context("ZTUNNEL_WORKER_THREADS")?,
+            workers: self.threads.count()?,
             tls12: self.tls12_enabled == "true",
             pqc,
             log: self.log.clone(),
@@ -335,7 +345,22 @@ impl Args {
 
     /// `ISTIO_META_CLUSTER_ID` wins (reference, dataplane §10.1).
     fn cluster_id(&self) -> String {
-        std::env::var("ISTIO_META_CLUSTER_ID").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| self.cluster_id.clone())
+        self.meta_cluster_id.clone().filter(|name| !name.is_empty()).unwrap_or_else(|| self.cluster_id.clone())
+    }
+
+    /// The environment, with the metadata that only flags name in front of it.
+    fn named_environment(&self) -> anyhow::Result<Vec<(String, String)>> {
+        let variables: Vec<_> = environment().collect();
+        let mut all = Vec::new();
+        for pair in &self.metadata {
+            let (name, value) = pair.split_once('=').with_context(|| format!("--metadata {pair}: expected KEY=VALUE"))?;
+            let name = format!("{METADATA_PREFIX}{name}");
+            if !variables.iter().any(|(variable, _)| *variable == name) {
+                all.push((name, value.to_owned()));
+            }
+        }
+        all.extend(variables);
+        Ok(all)
     }
 
     fn own_name(&self, mode: &Mode) -> Option<LocalName> {
@@ -352,6 +377,17 @@ impl Args {
             (None, Some(grace)) => Duration::from_secs(grace.saturating_sub(1).max(1)),
             (None, None) => Duration::from_secs(5),
         }
+    }
+
+    fn rest_of_dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "proxyMetadata": self.metadata, "numWorkerThreads": self.threads.count().ok(), "localhostAppTunnel": self.localhost_app_tunnel,
+            "logFilter": self.log, "authzPolicyInfoLogging": self.authz_policy_info_logging, "istioVersion": self.istio_version,
+            "podName": self.pod_name, "podNamespace": self.pod_namespace, "serviceAccount": self.service_account,
+            "keepaliveEnabled": self.keepalive_enabled, "keepaliveTime": format!("{:?}", self.keepalive_time),
+            "keepaliveInterval": format!("{:?}", self.keepalive_interval), "keepaliveRetries": self.keepalive_retries,
+            "userTimeoutEnabled": self.user_timeout_enabled,
+        })
     }
 
     /// The `config` object of `config_dump`.
@@ -374,7 +410,7 @@ impl Args {
             "statsPort": self.stats_port, "readinessPort": self.readiness_port,
         });
         // In parts, for the macro's sake.
-        for part in [self.mesh.dump(), self.ca.dump(), self.dns.dump()] {
+        for part in [self.mesh.dump(), self.ca.dump(), self.dns.dump(), self.rest_of_dump()] {
             if let (Some(all), serde_json::Value::Object(more)) = (dump.as_object_mut(), part) {
                 all.extend(more);
             }
@@ -383,82 +419,5 @@ impl Args {
     }
 }
 
-fn cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// A number, `P%` of the CPUs rounded up, 0 for all; unset is max(2, a quarter) (reference, dataplane §10.1).
-fn workers(text: Option<&str>, cpus: usize) -> anyhow::Result<usize> {
-    let share = |percent: usize| (cpus * percent).div_ceil(100).max(1);
-    let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(share(25).max(2)) };
-    let asked = match text.strip_suffix('%') {
-        Some(percent) => share(percent.parse::<usize>().ok().filter(|percent| (1..=100).contains(percent)).context("expected 1% to 100%")?),
-        None => text.parse::<usize>().context("expected a number of threads or a percentage such as 25%")?,
-    };
-    Ok(if asked == 0 { cpus } else { asked })
-}
-
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Debug, Parser)]
-    struct Probe {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn check(line: &[&str]) -> anyhow::Result<Settings> {
-        let base = ["proxy", "--local-xds", "{}", "--local-ca-dir", "/ca"];
-        Probe::try_parse_from(base.iter().chain(line)).map_err(anyhow::Error::from)?.args.check()
-    }
-
-    #[test]
-    fn worker_threads_take_a_number_a_share_or_all() {
-        assert_eq!(workers(None, 4).unwrap(), 2);
-        assert_eq!(workers(None, 64).unwrap(), 16);
-        assert_eq!(workers(Some("3"), 8).unwrap(), 3);
-        assert_eq!(workers(Some("0"), 8).unwrap(), 8);
-        assert_eq!(workers(Some("25%"), 6).unwrap(), 2);
-        assert!(workers(Some("101%"), 6).is_err());
-        assert!(workers(Some("many"), 6).is_err());
-    }
-
-    #[test]
-    fn the_drain_ends_before_the_grace_period_does() {
-        assert_eq!(check(&[]).unwrap().drain, Duration::from_secs(5));
-        assert_eq!(check(&["--termination-grace-period-seconds", "30"]).unwrap().drain, Duration::from_secs(25));
-        assert_eq!(check(&["--termination-grace-period-seconds", "10"]).unwrap().drain, Duration::from_secs(9));
-        assert_eq!(check(&["--termination-grace-period-seconds", "0"]).unwrap().drain, Duration::from_secs(1));
-        assert_eq!(check(&["--connection-termination-deadline", "2m"]).unwrap().drain, Duration::from_secs(120));
-    }
-
-    #[test]
-    fn extra_positional_arguments_are_ignored() {
-        assert!(check(&["ztunnel"]).is_ok());
-    }
-
-    #[test]
-    fn dedicated_mode_needs_its_workload() {
-        assert!(check(&["--mode", "dedicated"]).is_err());
-        assert!(check(&["--mode", "dedicated", "--workload-info", "a/b"]).is_err());
-        let settings = check(&["--mode", "dedicated", "--workload-info", "ns/pod/account"]).unwrap();
-        assert_eq!(settings.mode, Mode::Dedicated(LocalName { name: "pod".into(), namespace: "ns".into(), service_account: "account".into() }));
-        assert_eq!(settings.pods.mark, None);
-        assert_eq!(settings.proxy.mark, None);
-    }
-
-    #[test]
-    fn shared_mode_marks_every_socket() {
-        let settings = check(&[]).unwrap();
-        assert_eq!(settings.pods.mark, Some(0x539));
-        assert_eq!(settings.proxy.mark, Some(0x539));
-    }
-
-    #[test]
-    fn a_connection_window_that_can_deadlock_is_refused() {
-        assert!(check(&["--http2-stream-window-size", "1000000", "--http2-connection-window-size", "1000000"]).is_err());
-    }
-}
+mod tests;
