@@ -7,7 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+#[path = "support/config_dump.rs"]
+mod config_dump;
+
 use culvert::admin::{AdminSources, Readiness, listen_loopback, serve_admin, serve_metrics, serve_readiness};
+use culvert::discovery::local::{self, LocalSource};
 use culvert::telemetry::logging::{self, LogConfig, LogHandle};
 use culvert::telemetry::{RateLimit, Reporter, Telemetry};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -206,6 +210,128 @@ async fn the_admin_page_has_its_paths_and_methods() {
     let quit = ask(served.address, "POST", "/quitquitquit", "").await;
     assert_eq!((quit.status, quit.body.as_str()), (200, "shutdown now\n"));
     assert_eq!(shutdowns.load(Ordering::SeqCst), 1);
+    served.stop().await;
+}
+
+/// Everything that a row of the mesh can say (reference, dataplane §10.2), which no lab has all of.
+const RICH: &str = r#"
+workloads:
+- uid: c/apps/Deployment/ns/rich
+  name: rich
+  namespace: ns
+  workloadIps: [10.0.0.1, "fd00::1"]
+  waypoint: {destination: net/10.0.0.9, hboneMtlsPort: 15009}
+  networkGateway: {destination: ns/gate.example}
+  protocol: HBONE
+  networkMode: HostNetwork
+  trustDomain: example.org
+  serviceAccount: account
+  network: net
+  workloadName: rich
+  workloadType: cronjob
+  canonicalName: rich
+  canonicalRevision: v1
+  hostname: rich.example
+  node: n1
+  nativeTunnel: true
+  applicationTunnel: {protocol: PROXY, port: 15088}
+  authorizationPolicies: [ns/p]
+  status: Unhealthy
+  clusterId: c
+  locality: {region: r, zone: z, subzone: s}
+  services: {"ns/web.example": {80: 8080}, "ns/later.example": {81: 0}}
+  capacity: 3
+services:
+- name: web
+  namespace: ns
+  hostname: web.example
+  vips: [net/10.1.0.1, "/fd00::2"]
+  cidrVips: [{network: net, cidr: 10.2.0.0/16}]
+  ports: {80: 8080}
+  subjectAltNames: ["spiffe://example.org/ns/ns/sa/account"]
+  waypoint: {destination: ns/way.example, hboneMtlsPort: 15008}
+  weightedWaypoints: [{destination: {destination: net/10.0.0.9, hboneMtlsPort: 15008}, weight: 7}]
+  loadBalancer: {routingPreferences: [Network, Region, Zone, Subzone, Node, Cluster], mode: Failover, healthPolicy: AllowAll}
+  ipFamilies: Dual
+  canonical: true
+  visibility: Namespace
+policies:
+- name: p
+  namespace: ns
+  scope: WorkloadSelector
+  action: Deny
+  dryRun: true
+  rules:
+  - - - principals: [{Exact: a}, {Prefix: b}, {Suffix: c}, {Presence: []}]
+        notPrincipals: [{Exact: a}]
+        namespaces: [{Exact: a}]
+        notNamespaces: [{Exact: a}]
+        serviceAccounts: [{namespace: ns, serviceAccount: account}]
+        notServiceAccounts: [{namespace: ns, serviceAccount: account}]
+        sourceIps: [10.0.0.0/8]
+        notSourceIps: [10.0.0.0/8]
+        destinationIps: ["fd00::/8"]
+        notDestinationIps: [10.0.0.0/8]
+        destinationPorts: [80]
+        notDestinationPorts: [81]
+"#;
+
+#[tokio::test]
+async fn every_field_of_the_mesh_is_where_istioctl_looks_for_it() {
+    use config_dump::*;
+    let mesh = local::start(LocalSource::Text(RICH.into()), local::Config::default()).await.unwrap();
+    let sections = mesh.clone();
+    let config_dump = move || {
+        let mut page = sections.dump();
+        // What other rooms add; real ones are read in tests/mesh.
+        for (name, empty) in [("certificates", serde_json::json!([])), ("workloadState", serde_json::json!({})), ("config", serde_json::json!({}))] {
+            page[name] = empty;
+        }
+        page["version"] = serde_json::json!({"version": "", "gitRevision": "", "rustVersion": "", "buildProfile": "", "buildStatus": "",
+            "istioVersion": "", "cryptoProvider": ""});
+        page
+    };
+    let served = served!(serve_admin, AdminSources { config_dump: Arc::new(config_dump), ..sources().0 });
+    let page = ask(served.address, "GET", "/config_dump", "").await;
+    let dump: ConfigDump = serde_json::from_str(&page.body).unwrap_or_else(|error| panic!("{error}\n{}", page.body));
+    let [workload] = dump.workloads.as_slice() else { panic!("{:?}", dump.workloads) };
+    let gateway = |destination: &str, hbone_mtls_port| Gateway { destination: destination.into(), hbone_mtls_port };
+    assert_eq!(workload.waypoint, Some(gateway("net/10.0.0.9", 15009)));
+    assert_eq!(workload.network_gateway, Some(gateway("ns/gate.example", 15008)));
+    assert_eq!((workload.protocol, &workload.network_mode), (TunnelProtocol::Hbone, &NetworkMode::HostNetwork));
+    assert_eq!((&workload.workload_type, &workload.status, workload.capacity), (&WorkloadType::Cronjob, &Health::Unhealthy, 3));
+    assert_eq!(workload.application_tunnel, Some(ApplicationTunnel { protocol: ApplicationProtocol::Proxy, port: Some(15088) }));
+    assert_eq!(workload.locality, Some(Locality { region: "r".into(), zone: "z".into(), subzone: "s".into() }));
+    let texts = [&workload.uid, &workload.name, &workload.namespace, &workload.trust_domain, &workload.service_account, &workload.network];
+    assert_eq!(texts, ["c/apps/Deployment/ns/rich", "rich", "ns", "example.org", "account", "net"]);
+    let texts =
+        [&workload.workload_name, &workload.canonical_name, &workload.canonical_revision, &workload.hostname, &workload.node, &workload.cluster_id];
+    assert_eq!(texts, ["rich", "rich", "v1", "rich.example", "n1", "c"]);
+    assert_eq!((workload.native_tunnel, workload.authorization_policies.as_slice()), (true, ["ns/p".to_owned()].as_slice()));
+    assert_eq!((workload.services.len(), workload.workload_ips.len()), (2, 2));
+    let [service] = dump.services.as_slice() else { panic!("{:?}", dump.services) };
+    assert_eq!((service.name.as_str(), service.namespace.as_str(), service.hostname.as_str()), ("web", "ns", "web.example"));
+    assert_eq!(service.vips, ["net/10.1.0.1", "/fd00::2"]);
+    assert_eq!(service.cidr_vips, [CidrVip { network: "net".into(), cidr: "10.2.0.0/16".parse().unwrap() }]);
+    assert_eq!((service.ports.get(&80), service.subject_alt_names.len()), (Some(&8080), 1));
+    assert_eq!(service.endpoints["c/apps/Deployment/ns/rich"].status, Health::Unhealthy, "AllowAll keeps it");
+    assert_eq!(service.waypoint, Some(gateway("ns/way.example", 15008)));
+    assert_eq!(service.weighted_waypoints, [Weighted { destination: gateway("net/10.0.0.9", 15008), weight: 7 }]);
+    let routing_preferences = vec![Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node, Scope::Cluster];
+    assert_eq!(service.load_balancer, Some(LoadBalancer { routing_preferences, mode: Mode::Failover, health_policy: HealthPolicy::AllowAll }));
+    assert_eq!((service.ip_families.as_ref(), service.canonical, &service.visibility), (Some(&IpFamilies::Dual), true, &Visibility::Namespace));
+    let staged = &dump.staged_services["ns/later.example"]["c/apps/Deployment/ns/rich"];
+    assert_eq!((staged.workload_uid.as_str(), staged.port.get(&81)), ("c/apps/Deployment/ns/rich", Some(&0)));
+    let [policy] = dump.policies.as_slice() else { panic!("{:?}", dump.policies) };
+    assert_eq!((&policy.scope, &policy.action, policy.dry_run), (&PolicyScope::WorkloadSelector, &Action::Deny, true));
+    let matched = &policy.rules[0][0][0];
+    let texts = [Text::Exact("a".into()), Text::Prefix("b".into()), Text::Suffix("c".into()), Text::Presence([])];
+    assert_eq!(matched.principals, texts);
+    let lists = [matched.namespaces.len(), matched.not_namespaces.len(), matched.not_principals.len(), matched.service_accounts.len()];
+    let others = [matched.not_service_accounts.len(), matched.source_ips.len(), matched.not_source_ips.len(), matched.destination_ips.len()];
+    assert_eq!((lists, others, matched.not_destination_ips.len()), ([1; 4], [1; 4], 1));
+    assert_eq!((matched.destination_ports.as_slice(), matched.not_destination_ports.as_slice()), ([80].as_slice(), [81].as_slice()));
+    assert_eq!((dump.static_config.workloads.len(), dump.static_config.services.len(), dump.static_config.policies.len()), (1, 1, 1));
     served.stop().await;
 }
 

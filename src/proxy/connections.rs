@@ -17,6 +17,8 @@ pub enum Protocol {
     Tcp,
     /// Inside a tunnel.
     Hbone,
+    /// Inside a tunnel within the tunnel to the gateway of another network.
+    DoubleHbone,
 }
 
 impl Protocol {
@@ -24,6 +26,7 @@ impl Protocol {
         match self {
             Self::Tcp => "TCP",
             Self::Hbone => "HBONE",
+            Self::DoubleHbone => "DOUBLEHBONE",
         }
     }
 }

@@ -53,7 +53,11 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
         source: client,
         original: Some(Asked::Address(target)),
         actual: next_hop(&route),
-        protocol: if matches!(route, Route::Hbone { .. } | Route::Beyond { .. }) { Protocol::Hbone } else { Protocol::Tcp },
+        protocol: match route {
+            Route::Hbone { .. } => Protocol::Hbone,
+            Route::Beyond { .. } => Protocol::DoubleHbone,
+            _ => Protocol::Tcp,
+        },
     });
     let journey = Journey { client, source, route };
     let established = tokio::select! {

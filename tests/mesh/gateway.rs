@@ -82,6 +82,9 @@ fn a_service_of_another_network_is_reached_through_its_gateway_by_a_tunnel_withi
         let gate = gate(&mesh, &ca, GATE);
         let mut socket = mesh.connect("client", target()).unwrap();
         echo_on(&mut socket, b"hello").unwrap();
+        let listed = mesh.config_dump("left");
+        let listed = listed["workloadState"].as_object().unwrap().values().flat_map(|pod| pod["connections"]["outbound"].as_array().unwrap());
+        assert_eq!(listed.map(|connection| connection["protocol"].as_str().unwrap()).collect::<Vec<_>>(), ["DOUBLEHBONE"]);
         let asked = gate.asked();
         assert_eq!((asked.authority.as_str(), asked.identity.as_str()), ("shared.default.svc.cluster.local:80", CLIENT));
         assert!(asked.headers.get("x-forwarded-network").is_none(), "the gateway needs not know");

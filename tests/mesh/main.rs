@@ -8,6 +8,8 @@ mod bulk;
 mod ca_server;
 #[path = "../support/caller.rs"]
 mod caller;
+#[path = "../support/config_dump.rs"]
+mod config_dump;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
 #[path = "../support/crl.rs"]
 mod crl;
@@ -24,6 +26,7 @@ mod calls;
 mod dns;
 mod gateway;
 mod lifecycle;
+mod pages;
 mod policy;
 mod programs;
 mod revocation;

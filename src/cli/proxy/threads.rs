@@ -56,7 +56,11 @@ fn whole_cpus(text: Option<&str>) -> anyhow::Result<Option<usize>> {
     let Some(text) = text.map(str::trim).filter(|text| !text.is_empty()) else { return Ok(None) };
     let cpus = match text.strip_suffix('m') {
         Some(thousandths) => thousandths.parse::<usize>().ok().map(|thousandths| thousandths.div_ceil(1000)),
-        None => text.parse::<f64>().ok().filter(|cpus| (0.0..1e6).contains(cpus)).map(|cpus| cpus.ceil() as usize),
+        None => {
+            let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+            let more = fraction.parse::<u32>().ok().map(|fraction| usize::from(fraction > 0));
+            whole.parse::<usize>().ok().zip(more).and_then(|(whole, more)| whole.checked_add(more))
+        }
     };
     match cpus {
         Some(0) => Ok(None),
@@ -98,6 +102,7 @@ mod tests {
             (64, ["", "", "200m"], 16),
             (64, ["", "1500m", ""], 2),
             (64, ["", "500m", ""], 1),
+            (64, ["", "2.5", ""], 3),
             (64, ["", "2", "3000m"], 3),
             (64, ["", "0", "0"], 16),
         ] {
