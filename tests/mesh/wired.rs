@@ -66,8 +66,12 @@ fn proxies_that_were_given_no_file_know_the_mesh_and_have_certificates() {
         mesh.connect("other", (mesh.ip("server"), 8080)).is_ok_and(|mut socket| echo_on(&mut socket, b"x").is_err())
     });
     mesh.echo("client", (mesh.ip("server"), 8080)).unwrap();
-    let log = std::fs::read_to_string(status.control.unwrap().log).unwrap();
-    assert!(log.contains("certificate issued") && log.contains("identity=spiffe://cluster.local/ns/default/sa/late"), "{log}");
+    let path = status.control.unwrap().log;
+    let log = || std::fs::read_to_string(&path).unwrap();
+    wait_until("the new pod's certificate is in the log", || {
+        log().lines().any(|line| line.contains("certificate issued") && line.contains("identity=spiffe://cluster.local/ns/default/sa/late"))
+    });
+    let log = log();
     assert!(!log.contains("NACK") && !log.contains("refused"), "{log}");
     mesh.down();
 }
