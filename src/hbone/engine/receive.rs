@@ -8,7 +8,6 @@ use super::super::Error;
 use super::MAX_WINDOW;
 use super::frame::{self, Head, Reason, Step};
 use super::stream::Phase;
-use super::transmit::MIXED_SLOTS;
 use super::tunnel::{Life, Side, Tunnel};
 use crate::forward::Ended;
 use crate::forward::record::{self, Content, Opened, RecordError};
@@ -36,8 +35,7 @@ impl Tunnel {
             }
             let mut slab = self.input.slab.take().unwrap_or_else(Slab::take);
             make_room(&mut slab, &mut self.input.range);
-            let records = if self.mixed > 0 { MIXED_SLOTS } else { usize::MAX };
-            let limit = self.input.range.end + whole_records(&slab, &self.input.range, records);
+            let limit = self.input.range.end + whole_records(&slab, &self.input.range);
             let outcome = stream_io::read(&self.socket, slab.get_mut(self.input.range.end..limit).unwrap_or_default());
             self.input.slab = Some(slab);
             match outcome {
@@ -326,10 +324,10 @@ enum Broken {
     Closed,
 }
 
-/// How much to read behind `filled`, about so many records at most, so that in bulk, where all records are full, a read ends where a record does: nothing is left to move to the
+/// How much to read behind `filled`, so that in bulk, where all records are full, a read ends where a record does: nothing is left to move to the
 /// front before the next.
-fn whole_records(slab: &Slab, filled: &Range<usize>, records: usize) -> usize {
-    let room = (slab.len() - filled.end).min(records.saturating_mul(FULL_RECORD));
+fn whole_records(slab: &Slab, filled: &Range<usize>) -> usize {
+    let room = slab.len() - filled.end;
     let partial = slab.get(filled.clone()).unwrap_or_default();
     let expected = match partial.get(3..record::HEADER) {
         Some(&[high, low]) => record::HEADER + usize::from(u16::from_be_bytes([high, low])),

@@ -25,12 +25,9 @@ const RESERVED: usize = 1024;
 const MAX_SLOTS: usize = 16;
 /// Slabs that are filled before the other direction gets its turn.
 const FILLS: usize = 2;
-/// Slots of one read, and records of one read from the tunnel, while streams that send little share the tunnel with bulk: what a request may have
-/// to wait for is a quarter of what pays best for bulk alone. A turn is all of it (deficit round robin with equal shares), since quarters of it
-/// cost bulk a third more CPU at 16 streams. Streams that send little do not wait for such turns, they go first.
-pub(super) const MIXED_SLOTS: usize = 4;
-/// Fills for which a tunnel counts as mixed after a stream has sent a little beside others: 16 MiB of bulk, some ten milliseconds at full speed.
-const MIXED_FILLS: u16 = 256;
+/// Octets that a stream may send before the next one's turn, when several have something (deficit round robin with equal shares): a slab, since
+/// quarters of one cost bulk a third more CPU at 16 streams. Streams that send little do not wait for such turns, they go first.
+const QUANTUM: usize = MAX_SLOTS * SLOT_PAYLOAD;
 
 impl Tunnel {
     /// Seals and writes what there is; whether something moved.
@@ -147,13 +144,11 @@ impl Tunnel {
     fn seal_streams(&mut self, slab: &mut Slab, mut end: usize) -> usize {
         // Each stream gets one turn per slab; a lone one gets all of it.
         let mut turns = self.senders.len();
-        let slots = if self.mixed > 0 { MIXED_SLOTS } else { MAX_SLOTS };
-        self.mixed = self.mixed.saturating_sub(1);
-        let most = (slab.len() - RESERVED).min(end + slots * SLOT);
-        while turns > 0 && self.send_window > 0 && most >= end + SLOT {
+        let share = if turns == 1 { usize::MAX } else { QUANTUM };
+        while turns > 0 && self.send_window > 0 && slab.len() - RESERVED >= end + SLOT {
             turns -= 1;
             let Some(slot) = self.senders.pop_front() else { break };
-            match self.seal_stream(slab, end, slot, (most - end) / SLOT * SLOT_PAYLOAD) {
+            match self.seal_stream(slab, end, slot, share) {
                 Turn::More(new_end) => {
                     end = new_end;
                     self.senders.push_back(slot);
@@ -207,11 +202,7 @@ impl Tunnel {
                 self.temper.moved(count);
                 let moved = i64::try_from(count).unwrap_or(0);
                 self.send_window -= moved;
-                let others = self.streams.len() > 1;
                 if let Some(stream) = self.streams.at(slot) {
-                    if stream.sparse && count <= SLOT_PAYLOAD && others {
-                        self.mixed = MIXED_FILLS;
-                    }
                     stream.sparse = count <= SLOT_PAYLOAD;
                     stream.send_window -= moved;
                 }

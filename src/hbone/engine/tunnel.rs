@@ -117,8 +117,6 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) streams: Streams,
     /// Streams whose application may have something to read.
     pub(super) senders: VecDeque<u32>,
-    /// For so many fills more, streams that send little are thought to share the tunnel with bulk.
-    pub(super) mixed: u16,
     pub(super) waiting: VecDeque<(Vec<u8>, bool, oneshot::Sender<Answered>)>,
     pub(super) next_id: u32,
     pub(super) last_peer_id: u32,
@@ -179,7 +177,6 @@ impl Tunnel {
             backlog: 0,
             streams: Streams::default(),
             senders: VecDeque::new(),
-            mixed: 0,
             waiting: VecDeque::new(),
             next_id: 1,
             last_peer_id: 0,
