@@ -14,7 +14,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::duration;
+use super::{duration, logged};
 use crate::admin::{self, Readiness};
 use crate::control::{self, CaConfig, Debounce, Parts, Stats, StatsCollector, Tokens};
 use crate::discovery::local::{self, LocalSource, ReloadStats};
@@ -22,11 +22,8 @@ use crate::identity::LocalIssuer;
 use crate::lifecycle::drain::{self, DrainMode, DrainWatcher};
 use crate::lifecycle::{Clock, Supervisor};
 use crate::sys;
-use crate::telemetry::logging::{self, LogConfig, LogFormat};
+use crate::telemetry::logging::LogFormat;
 use crate::telemetry::{Telemetry, TelemetryConfig};
-
-/// How long the log may take to reach its reader at the end.
-const LOG_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Flags and environment of `culvert control`.
 #[derive(Debug, clap::Args)]
@@ -101,16 +98,7 @@ pub(super) struct Args {
 /// Runs the control plane until it is told to stop.
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let format = if args.log_format == "json" { LogFormat::Json } else { LogFormat::Plain };
-    let log = logging::init(LogConfig { format, filter: args.log.clone(), ..LogConfig::default() }).context("RUST_LOG")?;
-    let outcome = match serve(args) {
-        Err(error) if tracing::enabled!(tracing::Level::ERROR) => {
-            tracing::error!("{error:#}");
-            Ok(ExitCode::FAILURE)
-        }
-        outcome => outcome,
-    };
-    log.flush(LOG_PATIENCE);
-    outcome
+    logged::run(&args.log, format, |_| serve(args))
 }
 
 fn serve(args: &Args) -> anyhow::Result<ExitCode> {

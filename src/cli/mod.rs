@@ -5,6 +5,7 @@
 mod control;
 mod duration;
 mod lab;
+mod logged;
 mod proxy;
 
 use std::process::ExitCode;

@@ -22,6 +22,7 @@ use super::mesh_source::MeshSource;
 use super::settings::{Mode, Settings};
 use super::workers::Workers;
 use crate::admin::{self, AdminSources, Readiness, ReadyToken};
+use crate::cli::logged;
 use crate::discovery::local::{self, ReloadStats};
 use crate::discovery::{LocalName, Mesh, xds};
 use crate::forward;
@@ -34,27 +35,14 @@ use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
 use crate::proxy::dns::Dns;
 use crate::proxy::{ConnectionTable, FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
-use crate::telemetry::logging::{self, LogConfig, LogFormat, LogHandle};
+use crate::telemetry::logging::{LogFormat, LogHandle};
 use crate::telemetry::{Telemetry, TelemetryConfig};
-
-/// How long the log may take to reach its reader at the end.
-const LOG_PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Runs until a signal or the admin page ends it.
 pub(super) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     let format = if settings.log_json { LogFormat::Json } else { LogFormat::Plain };
-    let log = logging::init(LogConfig { format, filter: settings.log.clone(), ..LogConfig::default() }).context("RUST_LOG")?;
-    let outcome = serve(settings, &log);
-    let outcome = match outcome {
-        // Said once: in the log, or on standard error when the log is off.
-        Err(error) if tracing::enabled!(tracing::Level::ERROR) => {
-            tracing::error!("{error:#}");
-            Ok(ExitCode::FAILURE)
-        }
-        outcome => outcome,
-    };
-    log.flush(LOG_PATIENCE);
-    outcome
+    let filter = settings.log.clone();
+    logged::run(&filter, format, |log| serve(settings, log))
 }
 
 fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
