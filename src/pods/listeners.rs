@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-use super::{Config, DnsAddress, DnsSockets, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PodListeners};
+use super::{Config, DnsAddress, DnsSockets, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PodListeners, SOCKS_PORT};
 use crate::sys::datagram::listen_udp;
 use crate::sys::netns::NetNs;
 use crate::sys::route::ipv6_usable;
@@ -24,10 +24,13 @@ pub fn open_listeners(netns: &NetNs, config: &Config) -> io::Result<PodListeners
     };
     // PING watches over tunnels (reference, dataplane §1.3).
     let tunnels = ListenOptions { keepalive: None, user_timeout: None, ..redirected.clone() };
-    let ([outbound, plaintext, hbone], dns) = netns.run(|| {
+    let ([outbound, plaintext, hbone], dns, socks) = netns.run(|| {
         let open = |port, options| listen(port, config.ipv6, options);
-        let dns = config.dns.map(|address| dns_sockets(address, config)).transpose()?;
-        Ok::<_, io::Error>(([open(OUTBOUND_PORT, &redirected)?, open(PLAINTEXT_PORT, &redirected)?, open(HBONE_PORT, &tunnels)?], dns))
+        let dns = config.services.dns.map(|address| dns_sockets(address, config)).transpose()?;
+        // Only the pod's own processes, over IPv4 as in the reference.
+        let socks = || listen_tcp((Ipv4Addr::LOCALHOST, SOCKS_PORT).into(), &on_loopback(config));
+        let socks = config.services.socks.then(socks).transpose()?;
+        Ok::<_, io::Error>(([open(OUTBOUND_PORT, &redirected)?, open(PLAINTEXT_PORT, &redirected)?, open(HBONE_PORT, &tunnels)?], dns, socks))
     })??;
     let dns = dns.map(|(udp, tcp)| {
         let udp = udp.into_iter().map(tokio::net::UdpSocket::from_std).collect::<io::Result<_>>()?;
@@ -40,6 +43,7 @@ pub fn open_listeners(netns: &NetNs, config: &Config) -> io::Result<PodListeners
         plaintext: tokio::net::TcpListener::from_std(plaintext.socket)?,
         hbone: tokio::net::TcpListener::from_std(hbone.socket)?,
         dns: dns.transpose()?,
+        socks: socks.map(|listener| tokio::net::TcpListener::from_std(listener.socket)).transpose()?,
         netns: netns.clone(),
     })
 }
@@ -53,17 +57,22 @@ fn dns_sockets(address: DnsAddress, config: &Config) -> io::Result<(Vec<UdpSocke
             std::iter::once(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).chain(v6).collect()
         }
     };
-    let options = ListenOptions {
+    let options = on_loopback(config);
+    let udp = addresses.iter().map(|address| listen_udp(*address, config.mark, config.port_reuse)).collect::<io::Result<_>>()?;
+    let tcp = addresses.iter().map(|address| listen_tcp(*address, &options)).collect::<io::Result<_>>()?;
+    Ok((udp, tcp))
+}
+
+/// Options of listeners whose clients are processes of the pod.
+fn on_loopback(config: &Config) -> ListenOptions {
+    ListenOptions {
         mark: config.mark,
         reuse_port: config.port_reuse,
         transparent: Transparency::Never,
         freebind: true,
         keepalive: None,
         ..ListenOptions::default()
-    };
-    let udp = addresses.iter().map(|address| listen_udp(*address, config.mark, config.port_reuse)).collect::<io::Result<_>>()?;
-    let tcp = addresses.iter().map(|address| listen_tcp(*address, &options)).collect::<io::Result<_>>()?;
-    Ok((udp, tcp))
+    }
 }
 
 fn listen(port: u16, ipv6: bool, options: &ListenOptions) -> io::Result<Listener> {
@@ -83,7 +92,7 @@ mod tests {
     use socket2::SockRef;
 
     use super::*;
-    use crate::pods::PACKET_MARK;
+    use crate::pods::{PACKET_MARK, Services};
 
     fn inside(netns: &NetNs, port: u16) -> io::Result<std::net::TcpStream> {
         netns.run(|| std::net::TcpStream::connect(("127.0.0.1", port)))?
@@ -138,8 +147,9 @@ mod tests {
         drop(dns);
         let count = |config: &Config| open_listeners(&netns, config).unwrap().dns.map(|dns| (dns.udp.len(), dns.tcp.len()));
         assert_eq!(count(&Config { ipv6: false, ..Config::default() }), Some((1, 1)));
-        assert_eq!(count(&Config { dns: None, ..Config::default() }), None);
-        assert_eq!(count(&Config { dns: Some(DnsAddress::At("127.0.0.2:5353".parse().unwrap())), ..Config::default() }), Some((1, 1)));
+        let at = |dns| Config { services: Services { dns, ..Services::default() }, ..Config::default() };
+        assert_eq!(count(&at(None)), None);
+        assert_eq!(count(&at(Some(DnsAddress::At("127.0.0.2:5353".parse().unwrap())))), Some((1, 1)));
         netns.run(|| std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1")).unwrap().unwrap();
         assert_eq!(count(&Config::default()), Some((1, 1)));
         let squatter = netns.run(|| UdpSocket::bind("127.0.0.1:15053")).unwrap().unwrap();
@@ -149,6 +159,24 @@ mod tests {
         // A namespace whose loopback is not up yet.
         let dns = open_listeners(&NetNs::create().unwrap(), &Config::default()).unwrap().dns.unwrap();
         assert!(!dns.udp.is_empty() && !dns.tcp.is_empty());
+    }
+
+    #[tokio::test]
+    async fn socks_is_served_only_if_it_is_asked_for_on_ipv4_loopback_marked() {
+        let netns = namespace();
+        assert!(open_listeners(&netns, &Config::default()).unwrap().socks.is_none());
+        let config = Config { services: Services { socks: true, ..Services::default() }, ..Config::default() };
+        let socks = open_listeners(&netns, &config).unwrap().socks.unwrap();
+        assert_eq!(socks.local_addr().unwrap().to_string(), "127.0.0.1:15080");
+        let socket = SockRef::from(&socks);
+        assert_eq!((socket.mark().unwrap(), socket.reuse_port().unwrap()), (PACKET_MARK, true));
+        drop(socks);
+        let squatter = netns.run(|| std::net::TcpListener::bind("127.0.0.1:15080")).unwrap().unwrap();
+        let error = open_listeners(&netns, &config).unwrap_err();
+        assert!(error.to_string().contains("127.0.0.1:15080"), "{error}");
+        drop(squatter);
+        // A namespace whose loopback is not up yet.
+        assert!(open_listeners(&NetNs::create().unwrap(), &config).unwrap().socks.is_some());
     }
 
     #[tokio::test]

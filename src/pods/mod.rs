@@ -31,6 +31,8 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const PLAINTEXT_PORT: u16 = 15006;
 /// Port of captured DNS queries, UDP and TCP.
 pub const DNS_PORT: u16 = 15053;
+/// Port of SOCKS5, where it is served.
+pub const SOCKS_PORT: u16 = 15080;
 /// Port of inbound tunnels.
 pub const HBONE_PORT: u16 = 15008;
 /// The mark on every socket made in a pod (reference, dataplane §1.2); the pod's rules leave marked packets alone.
@@ -55,8 +57,8 @@ pub struct Config {
     pub ipv6: bool,
     /// Time between attempts to serve a pod whose listeners could not be opened. Default 5 s, as the reference.
     pub retry: Duration,
-    /// Where DNS is served in the pods. Default on loopback, port 15053 (`DNS_PROXY_ADDR`); `None` without DNS capture (`DNS_CAPTURE`).
-    pub dns: Option<DnsAddress>,
+    /// What else is served in the pods. Default DNS only.
+    pub services: Services,
     /// How long connections of the pods may go on after a graceful shutdown began. Default 5 s; the chart sets it below the grace period.
     pub drain_deadline: Duration,
 }
@@ -72,9 +74,24 @@ impl Default for Config {
             user_timeout: None,
             ipv6: true,
             retry: Duration::from_secs(5),
-            dns: Some(DnsAddress::default()),
+            services: Services::default(),
             drain_deadline: Duration::from_secs(5),
         }
+    }
+}
+
+/// What is served to a pod's own processes, beside the connections that its rules bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Services {
+    /// Where DNS is served. Default on loopback, port 15053 (`DNS_PROXY_ADDR`); `None` without DNS capture (`DNS_CAPTURE`).
+    pub dns: Option<DnsAddress>,
+    /// Whether SOCKS5 is served, on 127.0.0.1 and [`SOCKS_PORT`] (`UNSTABLE_ENABLE_SOCKS5`). Default false.
+    pub socks: bool,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self { dns: Some(DnsAddress::default()), socks: false }
     }
 }
 
@@ -113,6 +130,8 @@ pub struct PodListeners {
     pub hbone: tokio::net::TcpListener,
     /// Port 15053, if DNS is captured.
     pub dns: Option<DnsSockets>,
+    /// Port 15080 of loopback, if SOCKS5 is served.
+    pub socks: Option<tokio::net::TcpListener>,
     /// Whether dialled sockets of this pod may take the client's address.
     pub transparent: bool,
     /// The pod's network namespace.

@@ -1,5 +1,5 @@
-//! The data path: one connection from accept to close, outbound (15001), inbound HBONE (15008) and inbound plaintext (15006);
-//! and the pods' DNS (15053).
+//! The data path: one connection from accept to close, outbound (15001, and 15080 for SOCKS5), inbound HBONE (15008) and inbound plaintext
+//! (15006); and the pods' DNS (15053).
 //! It never opens a connection for a destination that policy has not permitted, and never holds mesh state of its own: it reads the snapshot.
 //! Main types: [`Node`] (what all pods share), [`PodProxy`] (one pod), and the journey of a connection in `session`.
 
@@ -20,6 +20,7 @@ mod prefetch;
 pub mod route;
 mod session;
 mod sockets;
+mod socks;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub use pod::PodProxy;
 pub use prefetch::prefetch_certificates;
 pub use session::Error;
 pub use sockets::PodSockets;
+pub use socks::HandshakeError;
 
 use crate::discovery::Mesh;
 use crate::hbone;

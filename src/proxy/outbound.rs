@@ -1,4 +1,5 @@
-//! Outbound: connections that a pod opens, caught on 15001 (reference, dataplane §3.3). No policy is asked here: the destination's side decides.
+//! Outbound: connections that a pod opens, caught on 15001 or asked for over SOCKS (reference, dataplane §3.3). No policy is asked here: the
+//! destination's side decides.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,12 +12,13 @@ use super::live::{Connection, Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::{self, Entry, Route};
 use super::session::Error;
+use super::socks;
 use crate::hbone::{ConnectRequest, Inner, PoolKey, Role, TunnelStream};
 use crate::identity::Credential;
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::{Authority, Baggage, Service, SpiffeId, Text, Workload, canonical_socket};
 use crate::sys::socket::{original_destination, reset_on_close};
-use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
+use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter, SocketGuard};
 
 /// Serves one captured connection from accept to close.
 pub(super) fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, drain: DrainWatcher) -> Connection {
@@ -24,16 +26,53 @@ pub(super) fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, d
 }
 
 /// Establishes a connection, or records why it cannot be.
-async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut drain: DrainWatcher) -> Option<Live> {
+async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, drain: DrainWatcher) -> Option<Live> {
     let socket_open = pod.node.telemetry.socket_opened(Reporter::Source);
-    let target = match original_destination(&socket) {
-        Ok(target) => target,
+    match original_destination(&socket) {
+        Ok(target) => carry(pod, Caller::Captured { socket, client, target }, socket_open, drain).await,
         Err(error) => {
             fail(&socket);
             pod.refuse(Reporter::Source, client, None, &Error::OriginalDestination(error));
-            return None;
+            None
         }
-    };
+    }
+}
+
+/// A connection of a pod's application, and how it came to us.
+pub(super) enum Caller {
+    /// The pod's rules brought it; the application knows nothing of us.
+    Captured { socket: TcpStream, client: SocketAddr, target: SocketAddr },
+    /// The application asked for it over SOCKS, and waits for a reply.
+    Socks { socket: TcpStream, client: SocketAddr, target: SocketAddr },
+}
+
+impl Caller {
+    fn ends(&self) -> (SocketAddr, SocketAddr) {
+        match self {
+            Self::Captured { client, target, .. } | Self::Socks { client, target, .. } => (*client, *target),
+        }
+    }
+
+    /// The socket, with the application told that its bytes may flow.
+    async fn accept(self) -> Result<TcpStream, Error> {
+        match self {
+            Self::Captured { socket, .. } => Ok(socket),
+            Self::Socks { mut socket, .. } => socks::succeed(&mut socket).await.map(|()| socket).map_err(Error::Relay),
+        }
+    }
+
+    /// Tells the application that there is no way to its destination.
+    async fn refuse(self, error: &Error) {
+        match self {
+            Self::Captured { socket, .. } => fail(&socket),
+            Self::Socks { socket, .. } => socks::refuse(socket, error).await,
+        }
+    }
+}
+
+/// Establishes a connection to where the caller wants to go, or records why it cannot be.
+pub(super) async fn carry(pod: Arc<PodProxy>, caller: Caller, socket_open: SocketGuard, mut drain: DrainWatcher) -> Option<Live> {
+    let (client, target) = caller.ends();
     let decided = tokio::select! {
         biased;
         () = drain.forced() => Err(Error::Drained),
@@ -42,7 +81,7 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
     let (source, route) = match decided {
         Ok(decided) => decided,
         Err(error) => {
-            fail(&socket);
+            caller.refuse(&error).await;
             pod.refuse(Reporter::Source, client, Some(target), &error);
             return None;
         }
@@ -70,8 +109,15 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
         record.amend(|facts| facts.destination = PeerFacts { address: facts.destination.address, ..beyond.clone() });
     }
     let opened = Opened { record, drain, pod, listed, _socket: Some(socket_open) };
-    match established {
-        Ok(upstream) => {
+    let accepted = match established {
+        Ok(upstream) => caller.accept().await.map(|socket| (socket, upstream)),
+        Err(error) => {
+            caller.refuse(&error).await;
+            Err(error)
+        }
+    };
+    match accepted {
+        Ok((socket, upstream)) => {
             let meter = opened.record.meter();
             let transfer = match upstream {
                 Upstream::Plain(upstream) => Transfer::plain(socket, upstream, meter),
@@ -80,7 +126,6 @@ async fn begin(pod: Arc<PodProxy>, socket: TcpStream, client: SocketAddr, mut dr
             Some(Live::new(opened, transfer, None))
         }
         Err(error) => {
-            fail(&socket);
             opened.fail(&error);
             None
         }

@@ -95,7 +95,8 @@ impl PodProxy {
         });
     }
 
-    fn serve(
+    /// Accepts on `listener` until a drain begins.
+    pub(super) fn serve(
         self: &Arc<Self>,
         listener: TcpListener,
         drain: DrainWatcher,

@@ -15,6 +15,7 @@ use super::live::{Live, Opened, Transfer};
 use super::pod::PodProxy;
 use super::route::RouteError;
 use super::route::inbound::Target;
+use super::socks::HandshakeError;
 use crate::discovery::xds::Unanswered;
 use crate::forward::Ended;
 use crate::hbone::{self, Role, TunnelStream};
@@ -69,6 +70,17 @@ pub enum Error {
     /// Moving bytes failed.
     #[error("io error: {0}")]
     Relay(#[source] io::Error),
+    /// A SOCKS client did not say where it wants to go, or wants what is not served.
+    #[error(transparent)]
+    Socks(#[from] HandshakeError),
+    /// The host name that a SOCKS client asked for has no address.
+    #[error("{name} cannot be resolved: {reason}")]
+    Unresolved {
+        /// The name.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// The original destination cannot be read.
     #[error("original destination unknown: {0}")]
     OriginalDestination(#[source] io::Error),
@@ -93,7 +105,10 @@ impl Error {
             Self::LocalWorkloadUnknown(_) => RefusalReason::UnknownWorkload,
             Self::Route(RouteError::RecursiveCall(_)) => RefusalReason::Loop,
             Self::Route(RouteError::IpMismatch { .. }) => RefusalReason::BadDestination,
-            Self::Route(_) | Self::Unanswered(_) => RefusalReason::NoRoute,
+            Self::Route(_) | Self::Unanswered(_) | Self::Unresolved { .. } => RefusalReason::NoRoute,
+            Self::Socks(HandshakeError::Late(_)) => RefusalReason::Handshake,
+            Self::Socks(HandshakeError::Io(_)) => RefusalReason::Io,
+            Self::Socks(_) => RefusalReason::BadRequest,
             Self::Identity(_) | Self::Name(_) => RefusalReason::Identity,
             Self::Tunnel(_) => RefusalReason::Handshake,
             Self::BadRequest(_) => RefusalReason::BadRequest,

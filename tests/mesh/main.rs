@@ -30,6 +30,7 @@ mod pages;
 mod policy;
 mod programs;
 mod revocation;
+mod socks;
 mod traffic;
 mod waypoint;
 mod wired;

@@ -99,7 +99,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
         dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),
         failed_dials: FailedDials::new(settings.failed_dials),
     });
-    let dns = settings.pods.dns.map(|_| telemetry.registry(|registry| Dns::new(settings.dns.clone(), registry)));
+    let dns = settings.pods.services.dns.map(|_| telemetry.registry(|registry| Dns::new(settings.dns.clone(), registry)));
     let dns_ready = dns.as_ref().map(|_| readiness.register("dns proxy"));
     let (trigger, drain) = drain::channel();
     let pods = match &settings.mode {
@@ -251,6 +251,9 @@ fn start_pod(proxy: &Arc<PodProxy>, listeners: PodListeners, dns: Option<&Arc<Dn
     proxy.serve_hbone(listeners.hbone, drain.clone());
     if let (Some(sockets), Some(dns)) = (listeners.dns, dns) {
         proxy.serve_dns(sockets, dns, drain);
+    }
+    if let Some(listener) = listeners.socks {
+        proxy.serve_socks(listener, dns, drain.clone());
     }
     proxy.connections().clone()
 }

@@ -144,6 +144,9 @@ pub(crate) struct Args {
     /// Use IPv6.
     #[arg(long, env = "IPV6_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
     ipv6_enabled: bool,
+    /// Serve SOCKS5 (without authentication, CONNECT only) on 127.0.0.1:15080 of each pod: connections asked for there go the way of captured ones.
+    #[arg(long, env = "UNSTABLE_ENABLE_SOCKS5", default_value_t = false, action = clap::ArgAction::Set)]
+    unstable_enable_socks5: bool,
     /// Reach applications that are told the client by a PROXY header (captured waypoints) on the pod's loopback address.
     #[arg(long, env = "LOCALHOST_APP_TUNNEL", default_value_t = true, action = clap::ArgAction::Set)]
     localhost_app_tunnel: bool,
@@ -283,14 +286,14 @@ impl Args {
                 keepalive,
                 user_timeout,
                 ipv6: self.ipv6_enabled,
-                dns: self.dns.address(self.mesh.is_on_demand())?,
+                services: crate::pods::Services { dns: self.dns.address(self.mesh.is_on_demand())?, socks: self.unstable_enable_socks5 },
                 drain_deadline: self.drain(),
                 ..crate::pods::Config::default()
             },
             dns: self.dns.config(self.ipv6_enabled, mode != Mode::Shared),
             ipv6: self.ipv6_enabled,
             proxy: crate::proxy::Config {
-                route: crate::proxy::route::RouteConfig { network: self.network.as_str().into(), socks: false },
+                route: crate::proxy::route::RouteConfig { network: self.network.as_str().into(), socks: self.unstable_enable_socks5 },
                 mark,
                 keepalive,
                 user_timeout: self.user_timeout_enabled,
@@ -387,6 +390,7 @@ impl Args {
             "keepaliveEnabled": self.keepalive_enabled, "keepaliveTime": format!("{:?}", self.keepalive_time),
             "keepaliveInterval": format!("{:?}", self.keepalive_interval), "keepaliveRetries": self.keepalive_retries,
             "userTimeoutEnabled": self.user_timeout_enabled,
+            "socks5Addr": self.unstable_enable_socks5.then(|| format!("127.0.0.1:{}", crate::pods::SOCKS_PORT)),
         })
     }
 

@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use hickory_proto::op::{Header, Message, MessageType, OpCode, Query as HickoryQuery};
-use hickory_proto::rr::{DNSClass, RecordType};
+use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
 use super::names::Family;
@@ -92,6 +92,24 @@ impl Query {
         let edns = if header.counts.additionals == 0 { Ok(None) } else { edns(&bytes) };
         let (kind, internet) = (question.query_type(), question.query_class() == DNSClass::IN);
         Ok(Self { question_end, labels, name: readable(question.name().iter()), kind, internet, edns, bytes })
+    }
+
+    /// The question that a resolver would send about a name, if it can be one of DNS.
+    pub(super) fn about(name: &str, family: Family) -> Option<Self> {
+        let id: u16 = rand::random();
+        let mut bytes = [&id.to_be_bytes()[..], &[RD, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
+        for label in name.split('.') {
+            bytes.push(u8::try_from(label.len()).ok().filter(|length| (1..=63).contains(length))?);
+            bytes.extend(label.as_bytes());
+        }
+        let kind = match family {
+            Family::Ipv4 => RecordType::A,
+            Family::Ipv6 => RecordType::AAAA,
+        };
+        bytes.push(0);
+        bytes.extend(u16::from(kind).to_be_bytes());
+        bytes.extend([0, 1]);
+        Self::read(bytes).ok()
     }
 
     /// The kind of address that is asked for, if it is one.
@@ -207,6 +225,29 @@ impl Query {
 /// The code of an answer that has at least a header.
 pub(super) fn rcode(answer: &[u8]) -> u8 {
     answer.get(3).map_or(0, |flags| flags & 0x0f)
+}
+
+/// What an answer to a question about addresses says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    /// In the order of the answer.
+    pub(super) list: Vec<IpAddr>,
+    /// There were more than had room.
+    pub(super) truncated: bool,
+    /// The answer's code, as words.
+    pub(super) code: String,
+}
+
+/// Reads an answer, of whoever it is; `None` if it is none.
+pub(super) fn addresses(answer: &[u8], family: Family) -> Option<Addresses> {
+    let message = Message::from_vec(answer).ok()?;
+    let address = |record: &Record| match (&record.data, family) {
+        (RData::A(ip), Family::Ipv4) => Some(IpAddr::from(ip.0)),
+        (RData::AAAA(ip), Family::Ipv6) => Some(ip.0.into()),
+        _ => None,
+    };
+    let list = message.answers.iter().filter_map(address).collect();
+    Some(Addresses { list, truncated: message.metadata.truncation, code: message.metadata.response_code.to_string() })
 }
 
 /// Whether an answer says that this server will not or cannot, so that another one may know better.

@@ -12,6 +12,7 @@ mod message;
 mod metrics;
 mod names;
 mod resolv_conf;
+mod resolve;
 mod serve;
 mod tcp;
 
@@ -28,6 +29,7 @@ use message::Query;
 use metrics::DnsMetrics;
 use names::{Family, MOST_ADDRESSES, Scope};
 use resolv_conf::Upstreams;
+pub(super) use resolve::resolve;
 
 /// How names are answered.
 #[derive(Debug, Clone)]

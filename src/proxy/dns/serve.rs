@@ -34,9 +34,9 @@ const BATCH: usize = 32;
 const MOST_QUEUED: usize = 4096;
 
 /// The DNS of one pod.
-struct PodDns {
-    pod: Arc<PodProxy>,
-    dns: Arc<Dns>,
+pub(super) struct PodDns {
+    pub(super) pod: Arc<PodProxy>,
+    pub(super) dns: Arc<Dns>,
 }
 
 /// What a question needs.
@@ -171,7 +171,7 @@ impl PodDns {
             };
             let Ok(Ok(Some(message))) = message else { return Ok(()) };
             let answer = match Query::read(message) {
-                Ok(query) => self.converse_about(&query).await,
+                Ok(query) => self.answer(&query, Transport::Tcp).await,
                 Err(Unreadable::Silence) => return Ok(()),
                 Err(Unreadable::Answer(answer)) => answer,
             };
@@ -179,13 +179,14 @@ impl PodDns {
         }
     }
 
-    async fn converse_about(&self, query: &Query) -> Vec<u8> {
-        let step = match self.step(query, Transport::Tcp) {
+    /// The answer to a question, of whoever has it.
+    pub(super) async fn answer(&self, query: &Query, transport: Transport) -> Vec<u8> {
+        let step = match self.step(query, transport) {
             Step::Answer(answer) => return answer,
             step => step,
         };
         match self.dns.pending.acquire(self.pod.name.clone()) {
-            Ok(_permit) => self.finish(step, query, Transport::Tcp).await,
+            Ok(_permit) => self.finish(step, query, transport).await,
             Err(refused) => {
                 limited!(warn, "too many DNS queries", pod = %self.pod.name, "DNS query refused: {refused}");
                 query.refuse(Rcode::ServFail)

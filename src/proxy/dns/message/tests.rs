@@ -226,3 +226,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_question_of_our_own_is_one_that_we_would_read_and_its_answers_are_understood() {
+    for (name, kind, family) in [("web.shop", RecordType::A, Family::Ipv4), ("web.shop", RecordType::AAAA, Family::Ipv6)] {
+        let query = Query::about(name, family).unwrap();
+        assert_eq!((query.name.as_deref(), query.kind, query.family()), (Some(name), kind, Some(family)));
+        let mixed = ["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap(), "10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
+        let found = addresses(&query.answer(&mixed, None, 512), family).unwrap();
+        let expected: Vec<IpAddr> = mixed.into_iter().filter(|ip| ip.is_ipv4() == (family == Family::Ipv4)).collect();
+        assert_eq!((found.list, found.truncated), (expected, false));
+    }
+    let query = Query::about("a.b", Family::Ipv4).unwrap();
+    let found = addresses(&query.answer(&ips(200), None, 512), Family::Ipv4).unwrap();
+    assert!(found.truncated && !found.list.is_empty());
+    let refused = addresses(&query.refuse(Rcode::ServFail), Family::Ipv4).unwrap();
+    assert_eq!((refused.list.len(), refused.code.as_str()), (0, "Server Failure"));
+    for wrong in ["", ".", "a..b", "a.", &"a".repeat(64), &["abc"; 100].join(".")] {
+        assert!(Query::about(wrong, Family::Ipv4).is_none(), "{wrong:?}");
+    }
+    assert_eq!(addresses(&[0; 5], Family::Ipv4), None);
+}
