@@ -6,11 +6,12 @@
 use std::marker::PhantomData;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::{Response, StatusCode};
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prost::Message;
-use tonic::Status;
+use tonic::{Code, Status};
 
 /// Compressed flag and length.
 const PREFIX: usize = 5;
@@ -31,22 +32,34 @@ pub struct Answers<A> {
 }
 
 impl<A: Message + Default> Answers<A> {
-    /// Reads what follows the headers of an answer; an error if they say that nothing does.
+    /// Reads what follows the headers of an answer; an error if they say that nothing does, or that it is not gRPC.
     pub(super) fn new(response: Response<Incoming>, limit: usize) -> Result<Self, Status> {
-        if let Some(status) = Status::from_header_map(response.headers()).filter(|status| status.code() != tonic::Code::Ok) {
-            return Err(status);
-        }
+        // A call that ends before it began has its status in the headers, whatever HTTP's is.
+        let end = match Status::from_header_map(response.headers()) {
+            Some(status) if status.code() != Code::Ok => return Err(status),
+            Some(_) => Some(None),
+            None => None,
+        };
         if response.status() != StatusCode::OK {
-            return Err(Status::unknown(format!("the server answered with HTTP status {}", response.status())));
+            let text = format!("the server answered with HTTP status {}", response.status());
+            return Err(Status::new(meaning(response.status()), text));
+        }
+        let content = response.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+        if !content.starts_with(b"application/grpc") {
+            return Err(Status::unknown(format!(
+                "the server does not answer with gRPC, but with content of type {:?}",
+                content.escape_ascii().to_string()
+            )));
         }
         let body = response.into_body();
-        Ok(Self { body, received: BytesMut::new(), expected: None, limit, end: None, kind: PhantomData })
+        Ok(Self { body, received: BytesMut::new(), expected: None, limit, end, kind: PhantomData })
     }
 
     /// The next message; `None` at a good end. Nothing is lost if the future is dropped.
     ///
     /// # Errors
-    /// The server's status; `Unknown` for a connection that broke, `OutOfRange` for a message over the limit, `Internal` for one that is none.
+    /// The server's status; `Unknown` for a connection that broke or a call that ended without a status, `OutOfRange` for a message over the limit,
+    /// `Internal` for one that is none or not whole.
     pub async fn message(&mut self) -> Result<Option<A>, Status> {
         loop {
             if let Some(message) = self.taken()? {
@@ -58,15 +71,21 @@ impl<A: Message + Default> Answers<A> {
             match self.body.frame().await {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => self.received.extend_from_slice(&data),
-                    Err(frame) => {
-                        let status = frame.trailers_ref().and_then(Status::from_header_map);
-                        self.end = Some(status.filter(|status| status.code() != tonic::Code::Ok));
-                    }
+                    Err(frame) => self.end = Some(self.ended(frame.trailers_ref().and_then(Status::from_header_map))),
                 },
                 Some(Err(error)) => self.end = Some(Some(Status::unknown(format!("the connection broke: {}", chain(&error))))),
-                None if self.received.is_empty() => self.end = Some(None),
-                None => self.end = Some(Some(Status::internal("the call ended within a message"))),
+                None => self.end = Some(self.ended(None)),
             }
+        }
+    }
+
+    /// What the end of the answers means.
+    fn ended(&self, status: Option<Status>) -> Option<Status> {
+        match status {
+            Some(status) if status.code() != Code::Ok => Some(status),
+            _ if self.expected.is_some() || !self.received.is_empty() => Some(Status::internal("the call ended within a message")),
+            Some(_) => None,
+            None => Some(Status::unknown("the call ended without a status")),
         }
     }
 
@@ -110,6 +129,18 @@ impl<A: Message + Default> Answers<A> {
     }
 }
 
+/// What an HTTP status means for a call of which nothing else is known: it came from something in between (gRPC, "HTTP to gRPC status code mapping").
+fn meaning(status: StatusCode) -> Code {
+    match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502..=504 => Code::Unavailable,
+        _ => Code::Unknown,
+    }
+}
+
 /// An error and what caused it.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -120,3 +151,6 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

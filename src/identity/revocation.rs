@@ -72,6 +72,11 @@ impl Revocations {
             untracked: Family::default(),
             loads: Family::default(),
         }));
+        // Both ends from the start: a family without samples does not say that it never happened.
+        for reporter in [Reporter::Source, Reporter::Destination].map(|reporter| ReporterLabel { reporter: reporter.as_str() }) {
+            drop(revocations.0.rejections.get_or_create(&reporter));
+            drop(revocations.0.untracked.get_or_create(&reporter));
+        }
         let mut file = file::File::new(path);
         let first = file.load();
         revocations.take(&file, first);

@@ -244,3 +244,31 @@ async fn a_file_in_the_middle_of_being_written_is_not_read_but_not_waited_for_wi
     }
     assert!(file.loads("unusable") >= 1);
 }
+
+#[derive(Debug)]
+struct Page(Revocations);
+
+impl prometheus_client::collector::Collector for Page {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.0.encode(&mut encoder)
+    }
+}
+
+#[test]
+fn every_family_has_samples_from_the_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let (revocations, _reading) = Revocations::open(directory.path().join("none"));
+    let mut registry = prometheus_client::registry::Registry::default();
+    registry.register_collector(Box::new(Page(revocations)));
+    let mut page = String::new();
+    prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
+    for sample in [
+        "istio_crl_policy_rejections_total{reporter=\"source\"} 0",
+        "istio_crl_policy_rejections_total{reporter=\"destination\"} 0",
+        "istio_crl_untracked_connections_total{reporter=\"source\"} 0",
+        "istio_crl_untracked_connections_total{reporter=\"destination\"} 0",
+        "culvert_crl_loads_total{outcome=\"missing\"} 1",
+    ] {
+        assert!(page.lines().any(|line| line == sample), "{sample} is not in\n{page}");
+    }
+}
