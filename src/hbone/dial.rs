@@ -4,7 +4,7 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -40,6 +40,8 @@ struct State {
     in_use: AtomicUsize,
     closed: AtomicBool,
     last_used: Mutex<Instant>,
+    /// Why it ended, if not well.
+    loss: OnceLock<String>,
 }
 
 /// A place among a tunnel's streams; given back when dropped.
@@ -126,6 +128,8 @@ async fn drive(mut tunnel: Box<Tunnel>, (lifetime, revoked): (Lifetime, Revoked)
         () = revoked => {}
         outcome = over => if let Err(error) = outcome {
             tracing::warn!(peer = %address, %error, "tunnel lost");
+            // Nobody else writes it.
+            let _ = state.loss.set(error.to_string());
         },
     }
     state.closed.store(true, Ordering::Release);
@@ -166,7 +170,12 @@ impl ClientTunnel {
         (address, outer): (SocketAddr, Option<Relaying>),
         endpoint: &Endpoint,
     ) -> Self {
-        let state = Arc::new(State { in_use: AtomicUsize::new(0), closed: AtomicBool::new(false), last_used: Mutex::new(Instant::now()) });
+        let state = Arc::new(State {
+            in_use: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            last_used: Mutex::new(Instant::now()),
+            loss: OnceLock::new(),
+        });
         let inbox = tunnel.inbox().clone();
         let driven = drive(tunnel, (lifetime, revoked), state.clone(), address);
         let below = inbox.clone();
@@ -195,6 +204,11 @@ impl ClientTunnel {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.state.closed.load(Ordering::Acquire) || self.inbox.is_closed()
+    }
+
+    /// Why a tunnel that is closed is.
+    pub(super) fn loss(&self) -> Error {
+        Error::Tunnel(self.state.loss.get().map_or_else(|| "the peer closed it before it could be used".to_owned(), String::clone))
     }
 
     /// How long no stream has used it; `None` while one does.

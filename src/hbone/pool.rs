@@ -77,7 +77,7 @@ struct Dialing {
 }
 
 /// What became of a dial.
-type Dialed = Option<Result<(), Arc<Error>>>;
+type Dialed = Option<Result<Arc<ClientTunnel>, Arc<Error>>>;
 
 /// A place on a tunnel.
 struct Checkout {
@@ -87,7 +87,8 @@ struct Checkout {
     fresh: bool,
 }
 
-/// How many newly dialled tunnels may turn out to be closed before an open is given up.
+/// How many newly dialled tunnels may turn out to be closed before an open is given up: a server that refuses us learns who we are only after our
+/// side of the handshake is done, so that the refusal comes on a tunnel that was already there.
 const ATTEMPTS: usize = 3;
 
 impl Pool {
@@ -113,7 +114,7 @@ impl Pool {
     ) -> Result<(TunnelStream, ConnectResponse, SpiffeId), Arc<Error>> {
         let mut lost = 0;
         loop {
-            let Checkout { tunnel, slot, fresh } = self.checkout(key, credential).await?;
+            let Checkout { tunnel, slot, fresh } = self.checkout(key, credential, &mut lost).await?;
             match tunnel.open(slot, request).await {
                 Ok((stream, response)) => return Ok((stream, response, tunnel.peer().clone())),
                 Err(OpenError::Failed(error)) => return Err(Arc::new(error)),
@@ -133,8 +134,8 @@ impl Pool {
         &self.shared.endpoint
     }
 
-    /// A tunnel with a free place; dials one if there is none.
-    async fn checkout(&self, key: &PoolKey, credential: &Arc<Credential>) -> Result<Checkout, Arc<Error>> {
+    /// A tunnel with a free place; dials one if there is none. Adds to `lost` what was dialled meanwhile and closed before it could be used.
+    async fn checkout(&self, key: &PoolKey, credential: &Arc<Credential>, lost: &mut usize) -> Result<Checkout, Arc<Error>> {
         let mut fresh = false;
         loop {
             let mut outcome = {
@@ -168,6 +169,12 @@ impl Pool {
             fresh = true;
             match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
                 Ok(Some(Err(error))) => return Err(error),
+                Ok(Some(Ok(tunnel))) if tunnel.is_closed() => {
+                    *lost += 1;
+                    if *lost == ATTEMPTS {
+                        return Err(Arc::new(tunnel.loss()));
+                    }
+                }
                 Ok(_) => {}
                 Err(_) => return Err(Arc::new(Error::Draining)),
             }
@@ -250,22 +257,25 @@ impl Shared {
     }
 
     /// Dials and pools the result, unless nobody wants it any more.
-    async fn dial(self: Arc<Self>, key: PoolKey, credential: Arc<Credential>, number: u64) -> Result<(), Arc<Error>> {
+    async fn dial(self: Arc<Self>, key: PoolKey, credential: Arc<Credential>, number: u64) -> Result<Arc<ClientTunnel>, Arc<Error>> {
         let outcome = self.connect(&key, &credential).await;
         let mut tunnels = self.tunnels();
         let wanted = tunnels.by_key.get_mut(&key).filter(|entry| entry.dialing.as_ref().is_some_and(|dialing| dialing.number == number));
         let Some(entry) = wanted else { return Err(Arc::new(Error::Draining)) };
         entry.dialing = None;
         match outcome {
-            Ok(tunnel) => entry.tunnels.push(Arc::new(tunnel)),
+            Ok(tunnel) => {
+                let tunnel = Arc::new(tunnel);
+                entry.tunnels.push(tunnel.clone());
+                Ok(tunnel)
+            }
             Err(error) => {
                 if entry.tunnels.is_empty() {
                     tunnels.by_key.remove(&key);
                 }
-                return Err(Arc::new(error));
+                Err(Arc::new(error))
             }
         }
-        Ok(())
     }
 
     async fn connect(&self, key: &PoolKey, credential: &Credential) -> Result<ClientTunnel, Error> {

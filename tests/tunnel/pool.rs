@@ -434,6 +434,50 @@ async fn a_server_that_refuses_for_ever_is_given_up() {
     server.abort();
 }
 
+/// Such a tunnel may have ended before whoever asked for it has looked at it: that counts as an attempt like any other.
+#[tokio::test]
+async fn a_server_that_ends_every_tunnel_before_its_first_stream_is_given_up() {
+    let realm = Realm::new();
+    let config = realm.credential("server").await.server_config();
+    let (listener, address) = listen().await;
+    let client = OurClient::to(address, &realm, Config::default()).await;
+    let server = tokio::spawn(async move {
+        loop {
+            let mut socket = listener.accept().await.unwrap().0.into_std().unwrap();
+            let mut tls = rustls::ServerConnection::new(config.clone()).unwrap();
+            tokio::task::spawn_blocking(move || {
+                socket.set_nonblocking(false).unwrap();
+                while !tls.wants_write() {
+                    tls.read_tls(&mut socket).unwrap();
+                    tls.process_new_packets().unwrap();
+                }
+                while tls.wants_write() {
+                    tls.write_tls(&mut socket).unwrap();
+                }
+                // The client has all it needs for its side of the handshake, and the end behind it.
+                socket.shutdown(std::net::Shutdown::Write).unwrap();
+                let _ = io::copy(&mut socket, &mut io::sink());
+            });
+        }
+    });
+    soon(async {
+        loop {
+            let before = client.dials();
+            let opened = join_all((0..10).map(|_| client.open())).await;
+            assert!(opened.iter().all(Result::is_err));
+            let dials = client.dials() - before;
+            assert!(dials <= 3, "{dials} dials");
+            // Fewer when the end came a moment later, and found a request on its way.
+            if dials == 3 {
+                return;
+            }
+        }
+    })
+    .await;
+    eventually("the pool is empty", || client.pool.is_empty()).await;
+    server.abort();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_clients_of_many_sources_share_by_source_only() {
     const SOURCES: u8 = 10;
