@@ -106,8 +106,14 @@ async fn both_ways(pair: &Pair, meter: &Meter) -> io::Result<()> {
         match (one, other) {
             // The last end is told by the close that follows.
             (Step::Ended | Step::Over, Step::Ended | Step::Over) => return Ok(()),
-            (Step::Ended, _) => up.tell(server)?,
-            (_, Step::Ended) => down.tell(client)?,
+            (Step::Ended, _) => {
+                meter.half_close();
+                up.tell(server)?;
+            }
+            (_, Step::Ended) => {
+                meter.half_close();
+                down.tell(client)?;
+            }
             // Not a bare wake-up: this one lets the driver look for events of others first.
             _ => tokio::task::yield_now().await,
         }

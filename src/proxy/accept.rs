@@ -58,6 +58,7 @@ fn take_queued(listener: &TcpListener, on_connection: &mut impl FnMut(TcpStream,
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::lifecycle::drain;
 
     #[test]
     fn every_address_is_a_source_and_loopback_is_one() {
@@ -72,6 +73,23 @@ mod tests {
             ("::1", "127.0.0.1"),
         ] {
             assert_eq!(source(client), counted, "{client}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_graceful_drain_first_takes_what_waits_in_the_queue_and_an_immediate_one_leaves_it() {
+        for (mode, taken) in [(DrainMode::Graceful, 3), (DrainMode::Immediate, 0)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let clients: Vec<_> = (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+            let (trigger, watcher) = drain::channel();
+            let drained = tokio::spawn(trigger.start(mode, std::time::Duration::from_secs(60)));
+            let mut accepted = Vec::new();
+            watcher.clone().signaled().await;
+            accept_loop(listener, watcher, |_socket, client| accepted.push(client)).await;
+            let expected: Vec<_> = clients.iter().map(|client| client.local_addr().unwrap()).take(taken).collect();
+            assert_eq!(accepted, expected, "{mode:?}");
+            assert!(drained.await.unwrap());
         }
     }
 }

@@ -4,11 +4,13 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::model::Service;
-use crate::telemetry::Reporter;
+use crate::telemetry::{Meter, Reporter};
 
 /// How the connection travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +88,18 @@ struct Row {
     original: Option<Original>,
     /// The task of the connection, once it waits.
     waker: Option<Waker>,
+    /// Its bytes, once they flow.
+    meter: Option<Arc<Meter>>,
+    /// Of one whose one direction has ended: what had moved at the last look, and since when.
+    still: Option<Box<Still>>,
+    /// It shall end: the other direction has been still for too long.
+    over: bool,
+}
+
+/// Bytes that had moved, and since when no other did.
+struct Still {
+    totals: (u64, u64),
+    since: Instant,
 }
 
 /// An address of the mesh, which has neither a flow label nor a scope: 20 bytes instead of 32.
@@ -119,7 +133,7 @@ impl Row {
             Asked::Address(address) => Original::Address(address.into()),
             Asked::Service(service) => Original::Service(service),
         });
-        Self { reporter, protocol, source: source.into(), actual: actual.into(), original, waker: None }
+        Self { reporter, protocol, source: source.into(), actual: actual.into(), original, waker: None, meter: None, still: None, over: false }
     }
 
     fn connection(&self) -> LiveConnection {
@@ -138,13 +152,21 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// The task of `context` is woken by the next [`ConnectionTable::wake_all`]. Look at what may have changed after this, not before.
-    pub(super) fn listen(&self, context: &Context<'_>) {
+    /// The task of `context` is woken by the next [`ConnectionTable::wake_all`]. Look at what may have changed after this, not before. Says whether
+    /// the connection shall end because it was half-closed and still for too long.
+    pub(super) fn listen(&self, context: &Context<'_>) -> bool {
         let mut rows = self.table.lock();
-        if let Some(Some(row)) = rows.places.get_mut(self.place as usize)
-            && !row.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker()))
-        {
+        let Some(Some(row)) = rows.places.get_mut(self.place as usize) else { return false };
+        if !row.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
             row.waker = Some(context.waker().clone());
+        }
+        row.over
+    }
+
+    /// The bytes of the connection flow from now on.
+    pub(super) fn flows(&self, meter: Arc<Meter>) {
+        if let Some(Some(row)) = self.table.lock().places.get_mut(self.place as usize) {
+            row.meter = Some(meter);
         }
     }
 }
@@ -198,6 +220,26 @@ impl ConnectionTable {
         }
     }
 
+    /// Looks for connections whose one direction has ended and whose other did not move for `limit`, and makes their tasks end them.
+    pub(super) fn reap(&self, limit: Duration) {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        for row in self.lock().places.iter_mut().flatten() {
+            let Some(meter) = row.meter.as_ref().filter(|meter| meter.is_half_closed()) else { continue };
+            let totals = meter.totals();
+            match &row.still {
+                Some(still) if still.totals == totals => {
+                    row.over |= now.duration_since(still.since) >= limit;
+                    ended.extend(row.waker.clone().filter(|_| row.over));
+                }
+                _ => row.still = Some(Box::new(Still { totals, since: now })),
+            }
+        }
+        for waker in ended {
+            waker.wake();
+        }
+    }
+
     /// How many connections are live.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -237,17 +279,48 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    #[test]
-    fn a_connection_is_listed_exactly_while_it_lives() {
-        let table = Arc::new(ConnectionTable::default());
-        let connection = LiveConnection {
+    fn connection() -> LiveConnection {
+        LiveConnection {
             reporter: Reporter::Source,
             source: "10.0.0.1:1234".parse().unwrap(),
             original: Some(Asked::Address("10.0.0.2:80".parse().unwrap())),
             actual: "10.0.0.2:15008".parse().unwrap(),
             protocol: Protocol::Hbone,
-        };
-        let registration = table.register(connection);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_half_closed_connection_ends_when_nothing_moved_for_the_limit_and_no_other_does() {
+        const MINUTE: Duration = Duration::from_secs(60);
+        let table = Arc::new(ConnectionTable::default());
+        let [open, still, busy] = [(); 3].map(|()| (table.register(connection()), Arc::new(Meter::default())));
+        let _beginning = table.register(connection());
+        for (registration, meter) in [&open, &still, &busy] {
+            registration.flows(meter.clone());
+        }
+        still.1.half_close();
+        busy.1.half_close();
+        let ends = |of: &(Registration, Arc<Meter>)| of.0.listen(&Context::from_waker(Waker::noop()));
+        for minute in 0..5 {
+            assert!(![&open, &still, &busy].map(ends).contains(&true), "after {minute} minutes");
+            busy.1.sent(1);
+            table.reap(4 * MINUTE);
+            tokio::time::advance(MINUTE).await;
+        }
+        assert_eq!([&open, &still, &busy].map(ends), [false, true, false]);
+        // Another connection in its place begins anew.
+        drop(still);
+        let next = (table.register(connection()), Arc::new(Meter::default()));
+        next.1.half_close();
+        next.0.flows(next.1.clone());
+        table.reap(4 * MINUTE);
+        assert!(!ends(&next));
+    }
+
+    #[test]
+    fn a_connection_is_listed_exactly_while_it_lives() {
+        let table = Arc::new(ConnectionTable::default());
+        let registration = table.register(connection());
         let row = json!({ "src": "10.0.0.1:1234", "originalDst": "10.0.0.2:80", "actualDst": "10.0.0.2:15008", "protocol": "HBONE" });
         assert_eq!(table.dump(), json!({ "inbound": [], "outbound": [row] }));
         drop(registration);

@@ -73,6 +73,7 @@ pub(super) struct Live {
 
 impl Live {
     pub(super) fn new(opened: Opened, transfer: Transfer, permission: Option<(Permitted, LiveGuard)>) -> Self {
+        opened.listed.flows(opened.record.meter());
         Self { opened: Some(opened), transfer, permission }
     }
 
@@ -81,7 +82,9 @@ impl Live {
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
         if let Some(opened) = &self.opened {
             // Before the looks, so that no change falls between.
-            opened.listed.listen(context);
+            if opened.listed.listen(context) {
+                return Poll::Ready(Err(Error::HalfClosed(opened.pod.node.config.half_closed)));
+            }
             if let Some((_, guard)) = &mut self.permission
                 && let Poll::Ready(denial) = guard.poll_denied(context)
             {

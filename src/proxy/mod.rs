@@ -56,6 +56,8 @@ pub struct Config {
     pub user_timeout: bool,
     /// How long a connect may take. Default 10 s.
     pub connect_timeout: Duration,
+    /// How long a connection of which one direction has ended may lie still. Default 5 min.
+    pub half_closed: Duration,
     /// How long a connection waits for its own workload to be known, and then for its certificate. Default 5 s.
     pub workload_timeout: Duration,
     /// Whether response baggage is sent and request baggage is believed (`ENABLE_RESPONSE_BAGGAGE`). Default true.

@@ -2,8 +2,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use super::accept::accept_loop;
 use super::connections::ConnectionTable;
@@ -11,22 +14,30 @@ use super::guard::{Derivation, Guard};
 use super::session::Error;
 use super::sockets::PodSockets;
 use super::{Node, inbound, outbound, plaintext};
-use crate::discovery::LocalName;
+use crate::discovery::{LocalName, Mesh};
 use crate::hbone::Pool;
 use crate::identity::Credential;
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::{SpiffeId, Workload};
 use crate::telemetry::{EarlyRefusal, Reporter};
 
+/// How often the pool is looked through at most, while the mesh changes without end.
+const DEPARTURES: Duration = Duration::from_secs(1);
+
+/// The shortest time between two looks at what is half-closed.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+
 /// One pod's proxy. Lives as long as one of its connections does.
 pub struct PodProxy {
     pub(super) node: Arc<Node>,
     pub(super) name: LocalName,
     pub(super) sockets: PodSockets,
-    pub(super) pool: Pool,
+    pub(super) pool: Arc<Pool>,
     pub(super) guard: Guard,
     pub(super) connections: Arc<ConnectionTable>,
     _derivation: Derivation,
+    /// Ends when dropped.
+    _upkeep: JoinSet<()>,
     /// The process does not end before the last connection has been recorded.
     _process: DrainWatcher,
 }
@@ -38,8 +49,11 @@ impl PodProxy {
     pub fn new(node: Arc<Node>, name: LocalName, sockets: PodSockets, process: DrainWatcher) -> Arc<Self> {
         let connections = Arc::<ConnectionTable>::default();
         let (guard, derivation) = Guard::derive(&node.mesh, name.clone(), connections.clone());
-        let pool = Pool::new(node.hbone.clone(), Arc::new(sockets.clone()));
-        Arc::new(Self { node, name, sockets, pool, guard, connections, _derivation: derivation, _process: process })
+        let pool = Arc::new(Pool::new(node.hbone.clone(), Arc::new(sockets.clone())));
+        let mut upkeep = JoinSet::new();
+        upkeep.spawn(release_departed(node.mesh.clone(), pool.clone()));
+        upkeep.spawn(reap_half_closed(connections.clone(), node.config.half_closed));
+        Arc::new(Self { node, name, sockets, pool, guard, connections, _derivation: derivation, _upkeep: upkeep, _process: process })
     }
 
     /// The live connections, for `config_dump`.
@@ -116,5 +130,26 @@ impl PodProxy {
                 pod.pool.abort();
             }
         });
+    }
+}
+
+/// Lets go of tunnels to workloads that left the mesh: at once, rather than when they were unused for minutes (design §9), for their address may be
+/// another's by then. Streams that are open finish.
+async fn release_departed(mesh: Mesh, pool: Arc<Pool>) {
+    let mut worlds = mesh.subscribe();
+    while worlds.changed().await.is_ok() {
+        let world = worlds.borrow_and_update().clone();
+        pool.retain(|key| world.snapshot.workload(&key.destination).is_some());
+        sleep(DEPARTURES).await;
+    }
+}
+
+/// Ends connections whose application neither closes nor says anything after the other side has finished: nothing else would (craft-and-trust F8).
+async fn reap_half_closed(connections: Arc<ConnectionTable>, limit: Duration) {
+    // What is still at a look may have been so for the whole time since the one before: the last fifth is for that.
+    let pause = (limit / 5).max(SHORTEST_PAUSE);
+    loop {
+        sleep(pause).await;
+        connections.reap(limit.saturating_sub(pause));
     }
 }

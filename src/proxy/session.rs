@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -67,6 +68,9 @@ pub enum Error {
     /// The proxy or the pod is going away.
     #[error("connection closed due to connection drain")]
     Drained,
+    /// One direction had ended, and nothing moved in the other.
+    #[error("one direction had ended, and in the other nothing moved for {0:?}")]
+    HalfClosed(Duration),
     /// Moving bytes failed.
     #[error("io error: {0}")]
     Relay(#[source] io::Error),
@@ -93,7 +97,7 @@ impl Error {
         match self {
             Self::Rejected(_) | Self::Cut(_) => ResponseFlag::Denied,
             Self::Identity(_) | Self::Name(_) => ResponseFlag::IdentityError,
-            Self::Drained => ResponseFlag::Ok,
+            Self::Drained | Self::HalfClosed(_) => ResponseFlag::Ok,
             Self::Tunnel(error) => tunnel_flag(error),
             _ => ResponseFlag::Connect,
         }
@@ -114,7 +118,7 @@ impl Error {
             Self::BadRequest(_) => RefusalReason::BadRequest,
             Self::Limit(..) => RefusalReason::Overload,
             Self::OriginalDestination(_) | Self::Connect(_) | Self::Relay(_) => RefusalReason::Io,
-            Self::Rejected(_) | Self::Cut(_) | Self::Abandoned | Self::Drained => RefusalReason::Other,
+            Self::Rejected(_) | Self::Cut(_) | Self::Abandoned | Self::Drained | Self::HalfClosed(_) => RefusalReason::Other,
         }
     }
 
@@ -214,12 +218,12 @@ impl Routed {
 
     async fn dial(&self, pod: &PodProxy) -> io::Result<TcpStream> {
         let source = self.identified.accepted.source;
-        let Some(announce) = self.announce else { return pod.sockets.deliver(self.target, Some(source)).await };
+        let Some(announce) = self.announce else { return deliver(pod, self.target, Some(source)).await };
         let mut socket = if pod.node.config.localhost_app_tunnel {
             let loopback = if self.target.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
-            pod.sockets.deliver(SocketAddr::new(loopback, self.target.port()), None).await?
+            deliver(pod, SocketAddr::new(loopback, self.target.port()), None).await?
         } else {
-            pod.sockets.deliver(self.target, Some(source)).await?
+            deliver(pod, self.target, Some(source)).await?
         };
         // Before the 200, so that a peer is told if it fails.
         socket.write_all(&announcement::header(source, announce, self.identified.identity.as_ref())).await?;
@@ -249,6 +253,15 @@ impl Routed {
         let policy = decided_by.map(Text::as_str);
         say!(src.addr = %source, src.identity = identity, dst.addr = %target, policy, verdict, "policy decision");
     }
+}
+
+/// Connects to the application, and counts if it does not see the client's address.
+async fn deliver(pod: &PodProxy, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+    let (socket, lost) = pod.sockets.deliver(target, source).await?;
+    if lost {
+        pod.node.telemetry.source_lost();
+    }
+    Ok(socket)
 }
 
 impl Cleared {

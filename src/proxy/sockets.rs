@@ -13,6 +13,7 @@ use crate::hbone::Dialer;
 use crate::sys::datagram::dial_udp;
 use crate::sys::netns::NetNs;
 use crate::sys::socket::{DialOptions, dial_socket};
+use crate::telemetry::limited;
 
 /// Dials for one pod.
 #[derive(Clone)]
@@ -34,11 +35,12 @@ impl PodSockets {
     }
 
     /// Connects to the pod's own application within the connect timeout. With a `source`, it sees that address if the kernel allows it (reference,
-    /// dataplane §1.6). Both ends are this kernel's, which knows when one is gone: no keepalive, whose four options cost more than the socket.
+    /// dataplane §1.6); the second part of the answer is whether the kernel did not. Both ends are this kernel's, which knows when one is gone: no
+    /// keepalive, whose four options cost more than the socket.
     ///
     /// # Errors
     /// Those of the connect; [`io::ErrorKind::TimedOut`] after the timeout.
-    pub async fn deliver(&self, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<TcpStream> {
+    pub async fn deliver(&self, target: SocketAddr, source: Option<SocketAddr>) -> io::Result<(TcpStream, bool)> {
         let options = DialOptions { keepalive: None, ..self.options };
         self.open(target, source.filter(|_| self.may_spoof), &options).await
     }
@@ -48,7 +50,7 @@ impl PodSockets {
     /// # Errors
     /// Those of [`deliver`](Self::deliver).
     pub async fn connect(&self, target: SocketAddr) -> io::Result<TcpStream> {
-        self.open(target, None, &self.options).await
+        self.open(target, None, &self.options).await.map(|(socket, _)| socket)
     }
 
     /// A UDP socket to a nameserver: of the pod, so that its NetworkPolicy holds, but of this process for a nameserver on a loopback address, which
@@ -77,18 +79,19 @@ impl PodSockets {
         self.connect(nameserver).await
     }
 
-    async fn open(&self, target: SocketAddr, source: Option<SocketAddr>, options: &DialOptions) -> io::Result<TcpStream> {
+    async fn open(&self, target: SocketAddr, source: Option<SocketAddr>, options: &DialOptions) -> io::Result<(TcpStream, bool)> {
         let make = || dial_socket(target, source, options);
         let (socket, spoofed) = match &self.netns {
             Some(netns) => netns.run(make)??,
             None => make()?,
         };
-        if source.is_some_and(|source| source.ip() != target.ip()) && !spoofed {
-            tracing::debug!(%target, "the source address could not be kept");
+        let lost = !spoofed && source.is_some_and(|source| source.ip().to_canonical() != target.ip().to_canonical());
+        if lost {
+            limited!(warn, "source address lost", %target, source = ?source, "the application does not see its client's address: the kernel refused it");
         }
         let socket = TcpSocket::from_std_stream(socket.into());
         match tokio::time::timeout(self.connect_timeout, socket.connect(target)).await {
-            Ok(outcome) => outcome,
+            Ok(outcome) => outcome.map(|socket| (socket, lost)),
             Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer from {target} within {:?}", self.connect_timeout))),
         }
     }
@@ -97,5 +100,34 @@ impl PodSockets {
 impl Dialer for PodSockets {
     fn dial(&self, target: SocketAddr) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send + '_>> {
         Box::pin(self.connect(target))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sys::link::Links;
+
+    #[tokio::test]
+    async fn an_application_is_reached_without_its_clients_address_if_the_kernel_refuses_that_and_its_caller_is_told() {
+        let netns = NetNs::create().unwrap();
+        let listener = netns.run(|| {
+            Links::open().unwrap().set_up("lo").unwrap();
+            std::net::TcpListener::bind("[::1]:0").unwrap()
+        });
+        let listener = listener.unwrap();
+        let target = listener.local_addr().unwrap();
+        let sockets = PodSockets { netns: Some(netns), options: DialOptions::default(), connect_timeout: Duration::from_secs(20), may_spoof: true };
+        // Nobody can be at a link-local address without saying of which link.
+        let unspeakable: SocketAddr = "[fe80::1]:4321".parse().unwrap();
+        for (source, may_spoof, lost) in
+            [(Some(unspeakable), true, true), (Some(unspeakable), false, false), (Some(target), true, false), (None, true, false)]
+        {
+            let sockets = PodSockets { may_spoof, ..sockets.clone() };
+            let (socket, said) = sockets.deliver(target, source).await.unwrap();
+            assert_eq!((said, listener.accept().unwrap().1), (lost, socket.local_addr().unwrap()), "{source:?}, {may_spoof}");
+            assert_eq!(socket.local_addr().unwrap().ip(), target.ip());
+        }
     }
 }

@@ -18,6 +18,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -87,6 +88,7 @@ struct Inner {
     series: Arc<SeriesTable>,
     sockets: Family<ReporterLabel, Gauge>,
     refusals: Refusals,
+    lost_sources: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -111,11 +113,14 @@ impl Telemetry {
         let sockets = Family::<ReporterLabel, Gauge>::default();
         registry.register("istio_tcp_sockets_open", "Accepted TCP sockets that are open now (unstable)", sockets.clone());
         let refusals = Refusals::register(&mut registry);
+        let lost_sources = Counter::default();
+        let help = "Connections to applications that do not show their client's address, because the kernel refused it";
+        registry.register("culvert_source_addresses_lost", help, lost_sources.clone());
         let series = Arc::new(SeriesTable::new(&config));
         registry.register_collector(Box::new(Arc::clone(&series)));
         registry.register_collector(Box::new(process::ProcessCollector));
         registry.register_collector(Box::new(logging::LogCollector));
-        Self { inner: Arc::new(Inner { registry: Mutex::new(registry), series, sockets, refusals }) }
+        Self { inner: Arc::new(Inner { registry: Mutex::new(registry), series, sockets, refusals, lost_sources }) }
     }
 
     /// Counts a connection as opened and logs it at debug. From here on it is closed exactly once, whatever happens to its task.
@@ -126,6 +131,11 @@ impl Telemetry {
     /// A connection that was refused before its context was known: one WARN line (at most 10 a second per reason) and a counter.
     pub fn refused_early(&self, refusal: &EarlyRefusal) {
         self.inner.refusals.record(refusal);
+    }
+
+    /// An application was reached, but does not see the address of its client.
+    pub fn source_lost(&self) {
+        self.inner.lost_sources.inc();
     }
 
     /// An accepted socket; counted in `istio_tcp_sockets_open` until the guard is dropped.

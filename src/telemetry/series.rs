@@ -6,7 +6,7 @@
 //! uncontended atomic addition, a scrape is exact to the moment, and nothing has to be swept.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -33,9 +33,21 @@ const RETIRE_EVERY: Duration = Duration::from_secs(10);
 pub struct Meter {
     received: AtomicU64,
     sent: AtomicU64,
+    half_closed: AtomicBool,
 }
 
 impl Meter {
+    /// Notes that one direction has ended, and the other not yet.
+    pub fn half_close(&self) {
+        self.half_closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether one direction has ended.
+    #[must_use]
+    pub fn is_half_closed(&self) -> bool {
+        self.half_closed.load(Ordering::Relaxed)
+    }
+
     /// Counts bytes that went from client to server.
     #[inline]
     pub fn received(&self, bytes: u64) {

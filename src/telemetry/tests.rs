@@ -290,6 +290,7 @@ fn the_page_names_the_build_the_process_and_our_own_counters() {
         reason: RefusalReason::Handshake,
         error: "x".into(),
     });
+    telemetry.source_lost();
     drop(other);
     let page = telemetry.metrics_page().unwrap();
     for line in [
@@ -297,6 +298,7 @@ fn the_page_names_the_build_the_process_and_our_own_counters() {
         "# TYPE istio_tcp_sockets_open gauge\n",
         "istio_tcp_sockets_open{reporter=\"source\"} 1\n",
         "culvert_early_refusals_total{reporter=\"destination\",reason=\"handshake\"} 1\n",
+        "culvert_source_addresses_lost_total 1\n",
         "\nprocess_open_fds ",
         "\nprocess_max_fds ",
         "\nculvert_log_lines_suppressed_total ",

@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::time::Duration;
 
 use crate::mesh::{Mesh, echo_on, serve_echo, wait_until};
 
@@ -122,6 +123,51 @@ fn each_direction_of_a_stream_closes_by_itself() {
     got.clear();
     server.read_to_string(&mut got).unwrap();
     assert_eq!(got, "thanks");
+}
+
+#[test]
+fn a_connection_of_which_one_side_has_finished_ends_when_the_other_lies_still_for_too_long() {
+    let mesh = Mesh::up(&format!("{TWO_NODES}proxyEnv: {{CULVERT_HALF_CLOSED_TIMEOUT: 4s}}\n"));
+    let still_for_too_long = |from: &str, to: &str, port: u16, client_ends: bool| {
+        let listener = mesh.listen(to, port);
+        // (who finishes, the other side)
+        let connect = || {
+            let near = mesh.connect(from, (mesh.ip(to), port)).unwrap();
+            let (far, _) = listener.accept().unwrap();
+            far.set_read_timeout(Some(crate::mesh::PATIENCE)).unwrap();
+            if client_ends { (near, far) } else { (far, near) }
+        };
+        let [(mut idle, mut other), (mut finished, mut still), (mut waiting, mut busy)] = [connect(), connect(), connect()];
+        for (socket, side) in [(&finished, &mut still), (&waiting, &mut busy)] {
+            socket.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(side.read(&mut [0; 8]).unwrap(), 0, "the end arrives");
+        }
+        // One that says something every now and then goes on for longer than the limit.
+        for _ in 0..50 {
+            std::thread::sleep(Duration::from_millis(100));
+            busy.write_all(b"x").unwrap();
+            waiting.read_exact(&mut [0]).unwrap();
+        }
+        let reset = Err(std::io::ErrorKind::ConnectionReset);
+        assert_eq!(finished.read(&mut [0; 8]).map_err(|error| error.kind()), reset, "{from} to {to}");
+        // One that nobody has finished may lie still.
+        other.write_all(b"still here").unwrap();
+        let mut got = [0; 10];
+        idle.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"still here");
+    };
+    std::thread::scope(|scope| {
+        // Over HBONE, and plain on either side of a proxy.
+        for (index, (from, to, client_ends)) in
+            [("client", "far", true), ("client", "far", false), ("outside", "far", true), ("client", "plain", false)].into_iter().enumerate()
+        {
+            let port = 9000 + u16::try_from(index).unwrap();
+            let still_for_too_long = &still_for_too_long;
+            scope.spawn(move || still_for_too_long(from, to, port, client_ends));
+        }
+    });
+    mesh.wait_for_log("left", &["connection complete", "direction=\"outbound\"", "one direction had ended, and in the other nothing moved for 4s"]);
+    mesh.wait_for_log("right", &["connection complete", "direction=\"inbound\"", "one direction had ended, and in the other nothing moved for 4s"]);
 }
 
 #[test]

@@ -117,6 +117,9 @@ pub(crate) struct Args {
     /// How long a TCP connect may take.
     #[arg(long, env = "CULVERT_CONNECT_TIMEOUT", default_value = "10s", value_parser = duration::parse)]
     connect_timeout: Duration,
+    /// How long a connection of which one side has finished sending may lie still before it is ended.
+    #[arg(long, env = "CULVERT_HALF_CLOSED_TIMEOUT", default_value = "5m", value_parser = duration::parse)]
+    half_closed_timeout: Duration,
     /// Connections on this node that have not yet proven who they are.
     #[arg(long, env = "CULVERT_MAX_UNAUTHENTICATED", default_value_t = 512)]
     max_unauthenticated: usize,
@@ -298,6 +301,7 @@ impl Args {
                 keepalive,
                 user_timeout: self.user_timeout_enabled,
                 connect_timeout: self.connect_timeout,
+                half_closed: self.half_closed_timeout,
                 workload_timeout: Duration::from_secs(5),
                 baggage: self.enable_response_baggage,
                 localhost_app_tunnel: self.localhost_app_tunnel,
@@ -406,6 +410,7 @@ impl Args {
             "poolUnusedReleaseTimeout": format!("{:?}", self.pool_unused_release_timeout),
             "handshakeDeadline": format!("{:?}", self.handshake_deadline), "pingInterval": format!("{:?}", self.ping_interval),
             "pingTimeout": format!("{:?}", self.ping_timeout), "connectTimeout": format!("{:?}", self.connect_timeout),
+            "halfClosedTimeout": format!("{:?}", self.half_closed_timeout),
             "maxUnauthenticated": self.max_unauthenticated, "maxUnauthenticatedPerSource": self.max_unauthenticated_per_source,
             "maxPendingDials": self.max_pending_dials, "maxFailedDials": self.max_failed_dials, "receiveBudget": self.receive_budget,
             "selfTerminationDeadline": format!("{:?}", self.drain()),

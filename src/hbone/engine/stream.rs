@@ -278,6 +278,7 @@ impl Stream {
             application.slot = None;
             return Ok(());
         }
+        application.meter.half_close();
         match socket2::SockRef::from(&application.socket).shutdown(std::net::Shutdown::Write) {
             Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
             _ => Ok(()),
@@ -291,6 +292,7 @@ impl Stream {
         if !self.shut_down
             && let Phase::Relaying(application) = &mut self.phase
         {
+            application.meter.half_close();
             application.watch();
         }
     }

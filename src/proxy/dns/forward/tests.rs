@@ -85,6 +85,7 @@ fn sockets() -> PodSockets {
         mark: None,
         keepalive: None,
         user_timeout: false,
+        half_closed: Duration::from_secs(300),
         connect_timeout: Duration::from_secs(10),
         workload_timeout: Duration::from_secs(5),
         baggage: false,
