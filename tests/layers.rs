@@ -203,6 +203,63 @@ fn every_dependency_has_its_reason() {
     }
 }
 
+/// The text of a file below `tests`, or after `unit` of a module of `src` with its tests.
+fn text_of(place: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let files = match place.strip_prefix("unit ") {
+        None => vec![root.join(format!("{place}.rs"))],
+        Some(module) => {
+            let module = root.join("src").join(module.trim_end_matches("::tests").replace("::", "/"));
+            let parts = fs::read_dir(module.join("tests")).into_iter().flatten().map(|entry| entry.unwrap().path());
+            [module.with_extension("rs"), module.join("mod.rs"), module.join("tests.rs")].into_iter().chain(parts).collect()
+        }
+    };
+    files.iter().filter_map(|file| fs::read_to_string(file).ok()).collect()
+}
+
+/// A text without what is in parentheses.
+fn without_remarks(text: &str) -> String {
+    let mut depth = 0;
+    let mut bare = String::new();
+    for letter in text.chars() {
+        depth += i32::from(letter == '(');
+        if depth == 0 {
+            bare.push(letter);
+        }
+        depth -= i32::from(letter == ')');
+    }
+    bare
+}
+
+#[test]
+fn the_tests_that_coverage_names_exist() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/COVERAGE.md")).unwrap();
+    let (mut wrong, mut found) = (Vec::new(), 0);
+    let mut sources = BTreeMap::new();
+    for (index, row) in text.lines().enumerate().filter(|(_, line)| line.starts_with("| ") && *line != "| Row | Tests |") {
+        let tests = row.trim_end_matches(" |").rsplit(" | ").next().unwrap_or_default();
+        if tests.starts_with("None: ") {
+            continue;
+        }
+        for part in without_remarks(tests).split("; ") {
+            let Some((place, names)) = part.split_once(": ") else {
+                wrong.push(format!("line {}: neither `place: name, name` nor `None: reason`: {part}", index + 1));
+                continue;
+            };
+            let source = sources.entry(place.to_owned()).or_insert_with(|| text_of(place));
+            for name in names.split(", ").map(str::trim) {
+                if source.contains(&format!("fn {name}(")) {
+                    found += 1;
+                } else {
+                    wrong.push(format!("line {}: no test {name} in {place}", index + 1));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(found > 500, "only {found} tests found");
+}
+
 #[test]
 fn the_finder_of_rooms_finds_them() {
     assert_eq!(rooms_named("use crate::model::{Text, Service};"), ["model"]);

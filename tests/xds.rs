@@ -15,7 +15,7 @@ mod pki;
 mod pushes;
 #[path = "xds/readers.rs"]
 mod readers;
-#[allow(unreachable_pub)]
+#[allow(dead_code, unreachable_pub)]
 #[path = "support/xds_server.rs"]
 mod xds_server;
 

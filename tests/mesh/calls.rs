@@ -258,7 +258,7 @@ fn the_application_sees_the_address_of_the_caller_of_the_tunnel() {
 }
 
 #[test]
-fn the_answer_describes_the_destination_unless_it_is_told_not_to() {
+fn the_answer_describes_the_destination_and_the_requests_description_is_believed_unless_they_are_switched_off() {
     let quiet = CALLS.replace("zone: z1}", "zone: z1, env: {ENABLE_RESPONSE_BAGGAGE: \"false\"}}");
     for (definition, baggage) in [
         (
@@ -276,6 +276,16 @@ fn the_answer_describes_the_destination_unless_it_is_told_not_to() {
         let caller = dial(&mesh, &ca, ("caller", FRIEND), mesh.ip("server")).unwrap();
         let answer = caller.connect(&format!("{}:8080", mesh.ip("server")));
         assert_eq!((answer.status, answer.header("baggage")), (200, baggage));
+        // From another network, so that its address says nothing about it.
+        let described = [("baggage", "k8s.namespace.name=abroad,service.name=traveller"), ("x-forwarded-network", "elsewhere")];
+        let target = format!("{}:8080", mesh.ip("server"));
+        let mut answer = caller.ask(connect(&target, &described)).unwrap();
+        assert_eq!(answer.status, 200);
+        answer.stream.echo(b"hello");
+        answer.stream.finish();
+        let line = mesh.wait_for_log("right", &["connection complete", "direction=\"inbound\"", "bytes_sent=5 bytes_recv=5"]);
+        assert_eq!(line.contains("src.workload=\"traveller\"") && line.contains("src.namespace=\"abroad\""), baggage.is_some(), "{line}");
+        assert!(line.contains(&format!("src.identity=\"{FRIEND}\"")), "{line}");
     }
 }
 

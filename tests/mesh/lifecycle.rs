@@ -556,7 +556,7 @@ impl Bare {
         let log = fs::File::create(directory.path().join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_culvert"));
         command.arg("proxy").env_clear().env("LOCAL_CA_DIR", &ca).env("INPOD_UDS", directory.path().join("zds"));
-        if env.iter().all(|(name, _)| *name != "LOCAL_XDS_PATH") {
+        if env.iter().all(|(name, _)| !["LOCAL_XDS_PATH", "XDS_ADDRESS"].contains(name)) {
             command.env("LOCAL_XDS", "{}");
         }
         command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
@@ -567,6 +567,11 @@ impl Bare {
 
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    /// Where its agent is to be.
+    pub(crate) fn zds(&self) -> PathBuf {
+        self.directory.path().join("zds")
     }
 
     fn end(&mut self) -> ExitStatus {

@@ -18,12 +18,16 @@ mod mesh;
 #[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
 #[path = "../support/pki.rs"]
 mod pki;
+#[allow(dead_code, unreachable_pub)] // shared with other tests, which use more of it
+#[path = "../support/xds_server.rs"]
+mod xds_server;
 
 mod abuse;
 mod balancing;
 mod ca;
 mod calls;
 mod dns;
+mod drop_in;
 mod gateway;
 mod lifecycle;
 mod pages;

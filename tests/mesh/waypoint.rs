@@ -180,7 +180,14 @@ fn accept(listener: &TcpListener) -> TcpStream {
 fn a_captured_waypoint_is_told_client_and_destination_by_a_proxy_header_and_goes_on_as_itself() {
     for localhost in [true, false] {
         let tunnel = CAPTURED.replace("@protocol@", "PROXY, port: 15088");
-        let mesh = Mesh::up(&format!("{tunnel}proxyEnv: {{LOCALHOST_APP_TUNNEL: \"{localhost}\"}}\n"));
+        // Policy at the waypoint is asked about the pod's address and the port of the tunnel, wherever the application is reached.
+        let guard = "
+  - metadata: {name: at-the-waypoint, namespace: default}
+    spec:
+      selector: {matchLabels: {app: way}}
+      rules: [{to: [{operation: {ports: [\"15088\"]}}], when: [{key: destination.ip, values: [10.244.0.0/16]}]}]
+";
+        let mesh = Mesh::up(&format!("{}{guard}proxyEnv: {{LOCALHOST_APP_TUNNEL: \"{localhost}\"}}\n", tunnel.trim_end()));
         serve_echo(mesh.listen("web", 8080));
         let address = |ip: IpAddr| SocketAddr::new(ip, 15088);
         let listener =
@@ -208,7 +215,6 @@ fn a_captured_waypoint_is_told_client_and_destination_by_a_proxy_header_and_goes
         }
         let line = mesh.wait_for_log("right", &["connection complete", "direction=\"inbound\"", &format!("src.identity=\"{WAY}\"")]);
         assert!(line.contains("src.workload=\"way\""), "{line}");
-        // Policy at the waypoint is asked about the pod's address and the port of the tunnel.
         let line = mesh.wait_for_log("left", &["connection complete", "direction=\"inbound\"", &format!("src.identity=\"{CLIENT}\"")]);
         assert!(line.contains(&format!("dst.hbone_addr={}:80", mesh.vip("web"))), "{line}");
     }

@@ -126,6 +126,31 @@ fn known_workloads_do_not_notice_that_the_control_plane_dies_and_comes_back() {
 }
 
 #[test]
+fn strict_comes_over_the_wire_and_goes_again() {
+    let outside = LAB.replace("services:", "  - {name: outside, node: left, captured: false}\nservices:");
+    let mesh = Mesh::with_control_plane(&outside);
+    for pod in ["server", "own"] {
+        serve_echo(mesh.listen(pod, 8080));
+    }
+    let targets = ["server", "own"].map(|pod| SocketAddr::new(mesh.ip(pod), 8080));
+    let plain = |target: SocketAddr| mesh.connect("outside", target).is_ok_and(|mut socket| echo_on(&mut socket, b"x").is_ok());
+    let mut live = targets.map(|target| mesh.connect("outside", target).unwrap());
+    live.iter_mut().for_each(|socket| echo_on(socket, b"plain").unwrap());
+    let strict = "peerAuthentications:\n  - {metadata: {name: default, namespace: istio-system}, spec: {mtls: {mode: STRICT}}}\n";
+    mesh.apply(&format!("{outside}{strict}"));
+    for (target, socket) in targets.into_iter().zip(&mut live) {
+        wait_until("live plain connections are cut", || echo_on(socket, b"x").is_err());
+        wait_until("plain connections are refused", || !plain(target));
+        mesh.echo("client", target).unwrap();
+    }
+    mesh.wait_for_log("right", &["connection complete", "explicitly denied by: istio-system/istio_converted_static_strict"]);
+    mesh.apply(&outside);
+    for target in targets {
+        wait_until("plain connections pass again", || plain(target));
+    }
+}
+
+#[test]
 fn on_demand_a_proxy_knows_its_own_pods_and_what_was_asked_for_and_keeps_it() {
     let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true', ISTIO_META_DNS_CAPTURE: 'false'}}\n"));
     serve_echo(mesh.listen("server", 8080));

@@ -236,8 +236,20 @@ pub fn pod_resource(from: &workload::Workload, version: &str) -> Resource {
 
 /// A service of namespace `shop` with a virtual address.
 pub fn service_resource(host: &str, vip: [u8; 4]) -> Resource {
+    service(host, vip, Vec::new())
+}
+
+/// The same with `backend` behind a port of it.
+pub fn service_resource_with(host: &str, vip: [u8; 4], backend: &mut workload::Workload, (service_port, target_port): (u32, u32)) -> Resource {
+    let ports = vec![workload::Port { service_port, target_port, ..Default::default() }];
+    backend.services.insert(format!("shop/{host}"), workload::PortList { ports: ports.clone() });
+    service(host, vip, ports)
+}
+
+fn service(host: &str, vip: [u8; 4], ports: Vec<workload::Port>) -> Resource {
     let at = workload::NetworkAddress { network: String::new(), address: vip.to_vec().into(), length: None };
-    let service = workload::Service { name: host.into(), namespace: "shop".into(), hostname: host.into(), addresses: vec![at], ..Default::default() };
+    let (name, addresses) = (host.to_owned(), vec![at]);
+    let service = workload::Service { namespace: "shop".into(), hostname: name.clone(), name, addresses, ports, ..Default::default() };
     let address = workload::Address { r#type: Some(workload::AddressType::Service(service)) };
     resource(&format!("shop/{host}"), "s1", ADDRESS_TYPE, &address)
 }
