@@ -36,6 +36,7 @@ impl Pod {
             keepalive: None,
             user_timeout: false,
             connect_timeout: Duration::from_secs(10),
+            half_closed: Duration::from_secs(300),
             workload_timeout: Duration::from_secs(1),
             baggage: true,
             policy_info: false,
