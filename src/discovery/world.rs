@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::dump::{dump, with_static_config};
 use super::xds::{Demand, Unanswered};
-use crate::model::{GatewayDestination, Service, Snapshot, SnapshotBuilder, Text, Workload, canonical};
+use crate::model::{GatewayDestination, NamespacedHostname, Service, Snapshot, SnapshotBuilder, Text, Workload, canonical};
 use crate::policy::{Authorization, PolicySet};
 
 /// Everything known at one moment. Never changes.
@@ -53,11 +53,11 @@ pub struct Mesh {
 
 impl Mesh {
     /// A mesh whose source is asked on demand.
-    pub(super) fn on_demand(self, demand: Option<Demand>) -> Self {
+    pub(crate) fn on_demand(self, demand: Option<Demand>) -> Self {
         Self { demand, ..self }
     }
 
-    /// Whether look-ups should ask first: [`Mesh::know_address`], [`Mesh::know_gateway`].
+    /// Whether look-ups should ask first: [`Mesh::know_address`], [`Mesh::know_service`], [`Mesh::know_gateway`].
     #[must_use]
     pub fn is_on_demand(&self) -> bool {
         self.demand.is_some()
@@ -71,6 +71,22 @@ impl Mesh {
             return Ok(());
         }
         demand.ask(format!("{network}/{}", canonical(ip)).into()).await
+    }
+
+    /// The same for a service, by its host name.
+    pub async fn know_service(&self, key: &NamespacedHostname) -> Result<(), Unanswered> {
+        let Some(demand) = &self.demand else { return Ok(()) };
+        if self.current().snapshot.service(key).is_some() {
+            return Ok(());
+        }
+        demand.ask(key.to_string().into()).await
+    }
+
+    /// Whether [`know_service`](Self::know_service) would ask the source, rather than return at once.
+    #[must_use]
+    pub fn must_ask(&self, key: &NamespacedHostname) -> bool {
+        let asks = |demand: &Demand| self.current().snapshot.service(key).is_none() && !demand.is_fresh(&key.to_string());
+        self.demand.as_ref().is_some_and(asks)
     }
 
     /// The same for a waypoint or a network gateway.

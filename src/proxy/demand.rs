@@ -2,11 +2,14 @@
 //! did not answer is an error: an address that nobody has said anything about is not an address outside the mesh.
 
 use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures_util::future::join_all;
 
 use super::route::RouteConfig;
 use crate::discovery::Mesh;
 use crate::discovery::xds::Unanswered;
-use crate::model::{Located, Snapshot, Workload};
+use crate::model::{Located, NamespacedHostname, Snapshot, Workload};
 
 /// Makes sure that the world has what the destination names and the gateways on the way. Returns at once if the mesh is told as a whole.
 pub(super) async fn prepare(mesh: &Mesh, config: &RouteConfig, source: &Workload, destination: SocketAddr) -> Result<(), Unanswered> {
@@ -25,6 +28,13 @@ pub(super) async fn prepare(mesh: &Mesh, config: &RouteConfig, source: &Workload
         }
     }
     Ok(())
+}
+
+/// Asks what services are, all at once and for no longer than `patience`. What is not answered then stays unknown; an answer that comes later is
+/// kept all the same. Says whether all were answered.
+pub(super) async fn prepare_names(mesh: &Mesh, names: &[NamespacedHostname], patience: Duration) -> bool {
+    let all = join_all(names.iter().map(|name| mesh.know_service(name)));
+    tokio::time::timeout(patience, all).await.is_ok_and(|answers| answers.iter().all(Result::is_ok))
 }
 
 /// The waypoints of a destination, and the network gateways of what is behind it on other networks.
@@ -46,3 +56,6 @@ fn gateways(snapshot: &Snapshot, located: &Located, source: &Workload) -> Vec<cr
 fn beyond<'a>(workload: &'a Workload, source: &Workload) -> impl Iterator<Item = &'a crate::model::GatewayAddress> {
     workload.profile.network_gateway.iter().filter(|_| workload.profile.network != source.profile.network)
 }
+
+#[cfg(test)]
+mod tests;

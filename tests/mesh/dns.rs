@@ -15,7 +15,7 @@ use hickory_proto::rr::{Name, RData, Record, RecordType};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::mesh::{Mesh, PATIENCE, alone, installed, report, wait_until};
+use crate::mesh::{Mesh, PATIENCE, Process, alone, installed, report, wait_until};
 
 /// A nameserver that pods may well be configured with; nobody has the address.
 const NAMESERVER: &str = "10.96.0.10:53";
@@ -51,12 +51,21 @@ struct Ground {
 
 impl Ground {
     fn up() -> Self {
+        Self::with(Mesh::up, |definition| definition)
+    }
+
+    /// The same with a control plane that is asked on demand.
+    fn on_demand() -> Self {
+        Self::with(Mesh::with_control_plane, |definition| definition.replace("proxyEnv: {", "proxyEnv: {XDS_ON_DEMAND: 'true', "))
+    }
+
+    fn with(up: impl FnOnce(&str) -> Mesh, edit: impl FnOnce(String) -> String) -> Self {
         // The resolver is the fourth pod, the third of its node: its address is known before the lab is.
         let resolver: SocketAddr = "10.244.2.4:53".parse().unwrap();
         let files = tempfile::tempdir().unwrap();
         let conf = files.path().join("resolv.conf");
         std::fs::write(&conf, format!("nameserver {}\n", resolver.ip())).unwrap();
-        let mesh = Mesh::up(&definition(&conf.display().to_string()));
+        let mesh = up(&edit(definition(&conf.display().to_string())));
         assert_eq!(mesh.ip("resolver"), resolver.ip());
         Self { mesh, _files: files, resolver }
     }
@@ -460,4 +469,42 @@ fn questions_under_way_are_answered_while_a_proxy_drains() {
     assert_eq!(Message::from_vec(&buffer[..length]).unwrap(), text(question.clone(), "late"));
     assert_eq!(receive(&mut stream), text(question, "late"));
     wait_until("the proxy has ended, now that nobody waits", || !proxy.lives());
+}
+
+#[test]
+fn on_demand_names_are_asked_for_first_and_what_nobody_explains_in_time_is_asked_upstream() {
+    let ground = Ground::on_demand();
+    let mesh = &ground.mesh;
+    let asked_upstream = ground.serve(|query| Some(text(query, "upstream")));
+    let known = || -> BTreeSet<String> {
+        let dump = mesh.config_dump("left");
+        dump["services"].as_array().unwrap().iter().map(|service| service["hostname"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(known(), BTreeSet::new(), "nothing is known that nobody needs");
+    let pods = BTreeSet::from([mesh.ip("web-a"), mesh.ip("web-b")]);
+    let expected = [("web.", [mesh.vip("web")].into()), ("pods.default.", pods), ("outside.example.", ["240.240.0.1".parse().unwrap()].into())];
+    for (name, expected) in &expected {
+        let answer = ground.ask(&query(name, RecordType::A));
+        assert!(answer.metadata.authoritative, "{name}");
+        assert_eq!(&addresses(&answer), expected, "{name}");
+    }
+    assert_eq!(known(), ["web.default.svc.cluster.local", "pods.default.svc.cluster.local", "outside.example"].map(str::to_owned).into());
+    // Nobody's: the control plane says so, and the pod's resolver is asked at once.
+    let asked_before = asked_upstream.load(Ordering::Relaxed);
+    let answer = ground.ask(&query("nobody.example.", RecordType::A));
+    assert!(answer.metadata.authentic_data && !answer.metadata.authoritative, "it is the resolver's answer");
+    assert_eq!(asked_upstream.load(Ordering::Relaxed), asked_before + 1);
+    assert!(!mesh.log("left").iter().any(|line| line.contains("the control plane has not said")), "that took no time out");
+
+    let control = Process::of(mesh.status().control.unwrap().host_pid).unwrap();
+    kill(Pid::from_raw(control.pid), Signal::SIGKILL).unwrap();
+    wait_until("the control plane is dead", || !control.lives());
+    for (name, expected) in &expected {
+        assert_eq!(&addresses(&ground.ask(&query(name, RecordType::A))), expected, "{name} is known without it");
+    }
+    let begun = Instant::now();
+    assert!(ground.ask(&query("somebody.example.", RecordType::A)).metadata.authentic_data);
+    assert!(begun.elapsed() >= Duration::from_secs(1), "it was waited for");
+    mesh.wait_for_log("left", &["the control plane has not said", "somebody.example", "no answer within 1s"]);
+    ground.mesh.down();
 }

@@ -152,7 +152,7 @@ fn strict_comes_over_the_wire_and_goes_again() {
 
 #[test]
 fn on_demand_a_proxy_knows_its_own_pods_and_what_was_asked_for_and_keeps_it() {
-    let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true', ISTIO_META_DNS_CAPTURE: 'false'}}\n"));
+    let mesh = Mesh::with_control_plane(&format!("{LAB}proxyEnv: {{XDS_ON_DEMAND: 'true'}}\n"));
     serve_echo(mesh.listen("server", 8080));
     let known = || -> Vec<String> {
         let dump = mesh.config_dump("left");

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde_json::Value;
 
 use crate::pods::DnsAddress;
@@ -12,7 +12,7 @@ use crate::proxy::dns::Config;
 /// Flags and environment of DNS.
 #[derive(Debug, clap::Args)]
 pub(super) struct DnsArgs {
-    /// Answer the DNS queries of pods, which their rules redirect to port 15053: `true`, or anything else for no. Not possible with XDS_ON_DEMAND.
+    /// Answer the DNS queries of pods, which their rules redirect to port 15053: `true`, or anything else for no.
     #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value = "true")]
     dns_capture: String,
     /// Where they are answered within each pod: `localhost:PORT`, which is 127.0.0.1 and ::1, or `IP:PORT`.
@@ -35,15 +35,9 @@ impl DnsArgs {
     }
 
     /// Where DNS is served, if it is.
-    pub(super) fn address(&self, on_demand: bool) -> anyhow::Result<Option<DnsAddress>> {
+    pub(super) fn address(&self) -> anyhow::Result<Option<DnsAddress>> {
         if !self.is_on() {
             return Ok(None);
-        }
-        if on_demand {
-            bail!(
-                "XDS_ON_DEMAND=true and DNS capture exclude each other: names can only be answered when all services are known; \
-                 set ISTIO_META_DNS_CAPTURE=false, and switch DNS capture off in the node agent too"
-            );
         }
         let text = self.dns_proxy_addr.trim();
         let address = match text.strip_prefix("localhost:") {
@@ -87,22 +81,22 @@ mod tests {
         args: DnsArgs,
     }
 
-    fn address(line: &[&str], on_demand: bool) -> anyhow::Result<Option<DnsAddress>> {
-        Probe::try_parse_from(["proxy"].iter().chain(line))?.args.address(on_demand)
+    fn address(line: &[&str]) -> anyhow::Result<Option<DnsAddress>> {
+        Probe::try_parse_from(["proxy"].iter().chain(line))?.args.address()
     }
 
     #[test]
     fn dns_is_served_on_loopback_unless_capture_is_something_other_than_true() {
-        assert_eq!(address(&[], false).unwrap(), Some(DnsAddress::Loopback(15053)));
-        assert_eq!(address(&["--dns-capture", "TRUE"], false).unwrap(), Some(DnsAddress::Loopback(15053)));
+        assert_eq!(address(&[]).unwrap(), Some(DnsAddress::Loopback(15053)));
+        assert_eq!(address(&["--dns-capture", "TRUE"]).unwrap(), Some(DnsAddress::Loopback(15053)));
         for off in ["false", "yes", "1", ""] {
-            assert_eq!(address(&["--dns-capture", off], false).unwrap(), None, "{off:?}");
+            assert_eq!(address(&["--dns-capture", off]).unwrap(), None, "{off:?}");
         }
     }
 
     #[test]
     fn an_address_is_localhost_or_an_ip_with_a_port_and_anything_else_stops_the_start() {
-        let at = |text: &str| address(&["--dns-proxy-addr", text], false);
+        let at = |text: &str| address(&["--dns-proxy-addr", text]);
         assert_eq!(at("localhost:53").unwrap(), Some(DnsAddress::Loopback(53)));
         assert_eq!(at("10.0.0.1:5353").unwrap(), Some(DnsAddress::At("10.0.0.1:5353".parse().unwrap())));
         assert_eq!(at("[::1]:5353").unwrap(), Some(DnsAddress::At("[::1]:5353".parse().unwrap())));
@@ -110,12 +104,5 @@ mod tests {
             let error = format!("{:#}", at(wrong).unwrap_err());
             assert!(error.contains("ISTIO_META_DNS_PROXY_ADDR") && error.contains("localhost:PORT"), "{error}");
         }
-    }
-
-    #[test]
-    fn asking_on_demand_excludes_dns_capture_and_the_error_says_what_to_do() {
-        let error = address(&[], true).unwrap_err().to_string();
-        assert!(error.contains("XDS_ON_DEMAND") && error.contains("ISTIO_META_DNS_CAPTURE=false"), "{error}");
-        assert_eq!(address(&["--dns-capture", "false"], true).unwrap(), None);
     }
 }

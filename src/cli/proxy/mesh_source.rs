@@ -70,7 +70,8 @@ pub(super) struct MeshArgs {
     /// Ask the control plane only for what connections need, instead of for everything.
     #[arg(long, env = "XDS_ON_DEMAND", default_value_t = false, action = clap::ArgAction::Set)]
     xds_on_demand: bool,
-    /// How long a connection waits for the control plane to say what its destination is, with XDS_ON_DEMAND; then it is refused.
+    /// How long a connection waits for the control plane to say what its destination is, with XDS_ON_DEMAND; then it is refused. (A DNS question
+    /// waits 1 s, and is passed on then.)
     #[arg(long, env = "CULVERT_ON_DEMAND_TIMEOUT", default_value = "5s", value_parser = duration::parse)]
     on_demand_timeout: Duration,
     /// Address of the proxy's own pod, as the control plane is told.
@@ -86,11 +87,6 @@ impl MeshArgs {
             "altXdsHostname": self.alt_xds_hostname, "xdsOnDemand": self.xds_on_demand,
             "onDemandTimeout": format!("{:?}", self.on_demand_timeout),
         })
-    }
-
-    /// Whether a control plane is asked only for what connections need.
-    pub(super) fn is_on_demand(&self) -> bool {
-        self.xds_on_demand && self.local_xds_path.is_none() && self.local_xds.is_none()
     }
 
     /// Checks what the types cannot. `environment` is what the metadata and headers are taken from.

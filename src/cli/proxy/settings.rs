@@ -289,7 +289,7 @@ impl Args {
                 keepalive,
                 user_timeout,
                 ipv6: self.ipv6_enabled,
-                services: crate::pods::Services { dns: self.dns.address(self.mesh.is_on_demand())?, socks: self.unstable_enable_socks5 },
+                services: crate::pods::Services { dns: self.dns.address()?, socks: self.unstable_enable_socks5 },
                 drain_deadline: self.drain(),
                 ..crate::pods::Config::default()
             },

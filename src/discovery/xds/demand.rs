@@ -78,9 +78,9 @@ enum Entry {
 
 /// Names to tell the server of: first what is given up, then what is wanted.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct News {
-    pub(super) unsubscribe: HashSet<Text>,
-    pub(super) subscribe: HashSet<Text>,
+pub(crate) struct News {
+    pub(crate) unsubscribe: HashSet<Text>,
+    pub(crate) subscribe: HashSet<Text>,
 }
 
 impl Names {
@@ -136,7 +136,7 @@ impl Names {
 
 impl Demand {
     /// Nobody waits longer than `limit`.
-    pub(super) fn new(limit: Duration) -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         Self(Arc::new(Shared { limit, names: Mutex::default(), changed: Notify::new() }))
     }
 
@@ -175,9 +175,14 @@ impl Demand {
         Err(Unanswered::Late { name, limit: self.0.limit })
     }
 
+    /// Whether the server has just said what `name` is, so that nobody needs to be asked.
+    pub(crate) fn is_fresh(&self, name: &str) -> bool {
+        matches!(self.names().entries.get(name), Some(Entry::Found(at) | Entry::Missing(at)) if at.elapsed() < FRESH)
+    }
+
     /// A stream begins: the names that somebody waits for, to be asked with its first request. What was answered on an earlier stream is
     /// either held or forgotten.
-    pub(super) fn begin(&self) -> Vec<Text> {
+    pub(crate) fn begin(&self) -> Vec<Text> {
         let mut names = self.names();
         names.entries.retain(|_, entry| matches!(entry, Entry::Waiting(_)));
         names.missing.clear();
@@ -192,7 +197,7 @@ impl Demand {
     }
 
     /// The next news, when there are any. Cancel safe.
-    pub(super) async fn news(&self) -> News {
+    pub(crate) async fn news(&self) -> News {
         loop {
             {
                 let mut names = self.names();
@@ -207,7 +212,7 @@ impl Demand {
     }
 
     /// The server has answered.
-    pub(super) fn answered(&self, found: &[String], gone: &[String]) {
+    pub(crate) fn answered(&self, found: &[String], gone: &[String]) {
         let (mut names, now) = (self.names(), Instant::now());
         gone.iter().for_each(|name| names.answer(name, Entry::Missing(now)));
         found.iter().for_each(|name| names.answer(name, Entry::Found(now)));

@@ -4,10 +4,13 @@ use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::model::{Service, Snapshot, Text, Visibility};
+use crate::model::{NamespacedHostname, Service, Snapshot, Text, Visibility};
 
 /// Most addresses of one answer: more than any client uses, and they always fit into a message of 64 KiB. Only headless services have that many.
 pub(super) const MOST_ADDRESSES: usize = 1000;
+
+/// Most names that one question is worth asking the control plane for. Real ones need two or three.
+const MOST_UNKNOWN: usize = 8;
 
 /// Who asks, and what the settings say.
 #[derive(Debug, Clone)]
@@ -60,17 +63,64 @@ pub(super) fn find(snapshot: &Snapshot, scope: &Scope<'_>, name: &str) -> Option
             let canonical_labels = labels.filter(|_| !alias.starts_with("*."));
             return Some(Found { service, hostname: alias, canonical_labels });
         }
-        // The most specific one first: `*.b.c` before `*.c` for `a.b.c`.
-        for (dot, _) in alias.match_indices('.') {
+        for rest in parents(&alias) {
             wildcard.clear();
             wildcard.push('*');
-            wildcard.push_str(&alias[dot..]);
+            wildcard.push_str(rest);
             if let Some(service) = pick(snapshot, scope, &wildcard) {
                 return Some(Found { service, hostname: wildcard, canonical_labels: None });
             }
         }
     }
     None
+}
+
+/// What is not known of the services that [`find`] would look at before it comes to one that is known, in that order: where services are told on
+/// demand, these must be asked for first. A host name outside of the cluster's domain says nothing about its namespace; it is looked for in the
+/// client's and the preferred one.
+pub(super) fn unknown(snapshot: &Snapshot, scope: &Scope<'_>, name: &str) -> Vec<NamespacedHostname> {
+    let mut unknown = Vec::new();
+    for (alias, _) in aliases(scope, name) {
+        let wildcards = parents(&alias).map(|rest| format!("*{rest}"));
+        for hostname in std::iter::once(alias.clone()).chain(wildcards) {
+            for namespace in namespaces(scope, &hostname) {
+                let key = NamespacedHostname { namespace: namespace.into(), hostname: hostname.as_str().into() };
+                if snapshot.service(&key).is_none() && !unknown.contains(&key) {
+                    unknown.push(key);
+                }
+            }
+            if unknown.len() >= MOST_UNKNOWN || pick(snapshot, scope, &hostname).is_some() {
+                unknown.truncate(MOST_UNKNOWN);
+                return unknown;
+            }
+        }
+    }
+    unknown
+}
+
+/// Where a service of this host name may be.
+fn namespaces<'a>(scope: &Scope<'a>, hostname: &'a str) -> Vec<&'a str> {
+    let domain = scope.cluster_domain;
+    if let Some(inside) = hostname.strip_suffix(domain).filter(|rest| rest.is_empty() || rest.ends_with('.')) {
+        // `service.namespace.svc.domain`, and nothing else.
+        let parts = inside.strip_suffix(".svc.").and_then(|rest| rest.split_once('.'));
+        return parts
+            .filter(|(service, namespace)| *service != "*" && !namespace.contains('.'))
+            .map(|(_, namespace)| namespace)
+            .into_iter()
+            .collect();
+    }
+    // The cluster's short form, and wildcards over what nobody owns.
+    if hostname.ends_with(".svc") || hostname.strip_prefix("*.").is_some_and(|rest| !rest.contains('.')) {
+        return Vec::new();
+    }
+    let preferred = scope.preferred_namespace.filter(|preferred| *preferred != scope.namespace);
+    std::iter::once(scope.namespace).chain(preferred).collect()
+}
+
+/// What is left of a name, with the dot, when labels are taken off, the longest first: `.b.c` and `.c` of `a.b.c`.
+fn parents(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices('.').map(|(dot, _)| &name[dot..])
 }
 
 /// The addresses of a service that a client may use, in no order, each once. None if its family is not the service's or there are none on the

@@ -16,7 +16,7 @@ use super::metrics::Labels;
 use super::{Dns, Transport, tcp};
 use crate::lifecycle::AcceptBackoff;
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
-use crate::model::{Snapshot, Workload};
+use crate::model::{NamespacedHostname, Workload};
 use crate::pods::DnsSockets;
 use crate::proxy::PodProxy;
 use crate::proxy::accept::accept_loop;
@@ -45,6 +45,8 @@ enum Step {
     Answer(Vec<u8>),
     /// Others must be asked.
     PassOn(Labels),
+    /// The control plane must say what these services are.
+    Ask(Arc<Workload>, Vec<NamespacedHostname>),
     /// The pod must become known.
     Wait,
 }
@@ -197,37 +199,45 @@ impl PodDns {
     /// What is to be done about a question, as far as that is known at once.
     fn step(&self, query: &Query, transport: Transport) -> Step {
         let name = &self.pod.name;
-        let world = self.pod.node.mesh.current();
-        match world.snapshot.local_workload(&name.name, &name.namespace, &name.service_account) {
-            Some(client) => self.step_of(&world.snapshot, &client, query, transport),
+        match self.pod.node.mesh.current().snapshot.local_workload(&name.name, &name.namespace, &name.service_account) {
+            Some(client) => self.step_of(client, query, transport),
             None => Step::Wait,
         }
     }
 
-    fn step_of(&self, snapshot: &Snapshot, client: &Workload, query: &Query, transport: Transport) -> Step {
+    fn step_of(&self, client: Arc<Workload>, query: &Query, transport: Transport) -> Step {
+        let unknown = self.dns.unknown(&self.pod.node.mesh, &client, query);
+        if unknown.is_empty() { self.last_step(&client, query, transport) } else { Step::Ask(client, unknown) }
+    }
+
+    /// What is to be done when all is known that can be.
+    fn last_step(&self, client: &Workload, query: &Query, transport: Transport) -> Step {
         let labels = self.dns.metrics.labels(query.kind, transport, Some(client));
         self.dns.metrics.asked(&labels);
-        let answer = self.dns.answer(snapshot, client, query, transport);
+        let answer = self.dns.answer(&self.pod.node.mesh.current().snapshot, client, query, transport);
         answer.map_or(Step::PassOn(labels), Step::Answer)
     }
 
     /// The rest of what is to be done.
-    async fn finish(&self, step: Step, query: &Query, transport: Transport) -> Vec<u8> {
-        let labels = match step {
-            Step::Answer(answer) => return answer,
-            Step::PassOn(labels) => labels,
-            Step::Wait => match self.pod.local_workload().await {
-                Ok(client) => match self.step_of(&self.pod.node.mesh.current().snapshot, &client, query, transport) {
-                    Step::Answer(answer) => return answer,
-                    Step::PassOn(labels) => labels,
-                    Step::Wait => return query.refuse(Rcode::ServFail),
-                },
+    async fn finish(&self, mut step: Step, query: &Query, transport: Transport) -> Vec<u8> {
+        if matches!(step, Step::Wait) {
+            step = match self.pod.local_workload().await {
+                Ok(client) => self.step_of(client, query, transport),
                 Err(error) => {
                     self.dns.metrics.asked(&self.dns.metrics.labels(query.kind, transport, None));
                     limited!(warn, "DNS of unknown workloads", "DNS query refused: {error}");
                     return query.refuse(Rcode::ServFail);
                 }
-            },
+            };
+        }
+        if let Step::Ask(client, unknown) = step {
+            self.dns.know(&self.pod.node.mesh, &self.pod.name, &unknown).await;
+            step = self.last_step(&client, query, transport);
+        }
+        let labels = match step {
+            Step::Answer(answer) => return answer,
+            Step::PassOn(labels) => labels,
+            Step::Wait | Step::Ask(..) => return query.refuse(Rcode::ServFail),
         };
         let upstreams = self.dns.upstreams.current();
         self.dns.metrics.passed_on(&labels);

@@ -140,12 +140,7 @@ fn with(variable: &str, value: &str) -> anyhow::Result<Settings> {
     let arg = command.get_arguments().find(|arg| arg.get_env().is_some_and(|env| env == variable));
     let flag = arg.and_then(|arg| arg.get_long()).with_context(|| format!("{variable} is no setting"))?;
     let flag = format!("--{flag}");
-    let mut line = vec!["proxy", &flag, value];
-    if variable == "XDS_ON_DEMAND" {
-        // They exclude each other.
-        line.extend(["--dns-capture", "false"]);
-    }
-    Probe::try_parse_from(line)?.args.check()
+    Probe::try_parse_from(["proxy", &flag, value])?.args.check()
 }
 
 #[test]

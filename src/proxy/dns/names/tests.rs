@@ -319,3 +319,84 @@ proptest! {
         }
     }
 }
+
+fn unknown_to(snapshot: &Snapshot, scope: &Scope<'_>, name: &str) -> Vec<String> {
+    unknown(snapshot, scope, name).iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn what_a_name_may_mean_is_asked_for_most_specific_first_and_little_of_it() {
+    let (search, nothing) = (search(), Snapshot::default());
+    for (name, expected) in [
+        ("web", &["shop/web", "shop/web.shop.svc.cluster.local"][..]),
+        ("api.back", &["shop/api.back", "back/api.back.svc.cluster.local"]),
+        ("api.back.svc", &["back/api.back.svc.cluster.local"]),
+        // As it is, and as what is left without a search domain.
+        ("api.back.svc.cluster.local", &["back/api.back.svc.cluster.local", "shop/api.back"]),
+        ("pod.api.back.svc.cluster.local", &["shop/pod.api.back", "shop/*.api.back"]),
+        ("example.com", &["shop/example.com", "com/example.com.svc.cluster.local"]),
+        ("www.example.com", &["shop/www.example.com", "shop/*.example.com"]),
+        // What a resolver makes of it with its search domains: what is left without each of them.
+        ("www.example.com.svc.cluster.local", &["shop/www.example.com", "shop/*.example.com"]),
+        (
+            "example.com.shop.svc.cluster.local",
+            &["shop/example.com", "com/example.com.svc.cluster.local", "shop/example.com.shop", "shop/*.com.shop"],
+        ),
+        ("cluster.local", &["local/cluster.local.svc.cluster.local"]),
+        ("", &[]),
+    ] {
+        assert_eq!(unknown_to(&nothing, &scope(&search), name), expected, "{name}");
+    }
+    let preferring = Scope { preferred_namespace: Some("back"), ..scope(&search) };
+    assert_eq!(
+        unknown_to(&nothing, &preferring, "www.example.com"),
+        ["shop/www.example.com", "back/www.example.com", "shop/*.example.com", "back/*.example.com"]
+    );
+    let long = format!("{}example.com", "a.".repeat(100));
+    assert_eq!(unknown_to(&nothing, &scope(&search), &long).len(), MOST_UNKNOWN);
+    // What is known, and what would come after it, is not asked for.
+    assert_eq!(unknown_to(&mesh(), &scope(&search), "web.shop.svc.cluster.local"), Vec::<String>::new());
+    assert_eq!(unknown_to(&mesh(), &scope(&search), "home.example.net"), Vec::<String>::new());
+    assert_eq!(unknown_to(&mesh(), &scope(&search), "example.com"), ["shop/example.com"], "one of the client's own namespace would win");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    /// On demand a name means what it means to whoever knows everything that can be asked for.
+    #[test]
+    fn what_was_asked_for_is_all_that_the_meaning_of_a_name_depends_on(
+        services in prop::collection::vec(any_service(), 0..12),
+        names in prop::collection::vec(dotted(2), 1..8),
+        known in any::<u16>(),
+    ) {
+        let mut services = services;
+        let mut seen = BTreeSet::new();
+        services.retain(|service| seen.insert(service.key().to_string()));
+        let (search, all) = (search(), snapshot(services.clone(), Vec::new()));
+        let scope = scope(&search);
+        for name in names {
+            let known = services.iter().enumerate().filter(|(index, _)| known & (1 << index) != 0).map(|(_, service)| service.clone());
+            let known: Vec<Service> = known.collect();
+            let before = snapshot(known.clone(), Vec::new());
+            let asked = unknown(&before, &scope, &name);
+            if asked.len() == MOST_UNKNOWN {
+                continue;
+            }
+            let answered = asked.iter().filter_map(|key| all.service(key)).map(|service| (*service).clone());
+            let after = snapshot(known.into_iter().chain(answered).collect(), Vec::new());
+            prop_assert_eq!(unknown(&after, &scope, &name).iter().filter_map(|key| all.service(key)).count(), 0, "{}: asked for all at once", name);
+            // A name of another namespace outside of the cluster's domain cannot be asked for.
+            let can_be = |service: &Service| {
+                known_or_askable(&before, &scope, service)
+            };
+            let visible = snapshot(services.iter().filter(|service| can_be(service)).cloned().collect(), Vec::new());
+            let meaning = |snapshot: &Snapshot| find(snapshot, &scope, &name).map(|found| (found.service.key().to_string(), found.hostname));
+            prop_assert_eq!(meaning(&after), meaning(&visible), "{}", name);
+        }
+    }
+}
+
+fn known_or_askable(snapshot: &Snapshot, scope: &Scope<'_>, service: &Service) -> bool {
+    snapshot.service(&service.key()).is_some() || namespaces(scope, &service.hostname).contains(&&*service.namespace)
+}
