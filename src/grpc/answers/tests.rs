@@ -1,8 +1,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::convert::Infallible;
+use std::io;
+use std::time::Duration;
+
 use bytes::BufMut;
+use futures_util::{StreamExt, stream};
 use http::HeaderMap;
+use http_body_util::StreamBody;
+use hyper::body::Frame;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::DuplexStream;
+use tokio::task::JoinHandle;
 use tonic::Request;
 
 use super::super::Connection;
@@ -17,7 +27,7 @@ struct Said {
     headers: &'static [(&'static str, &'static str)],
     data: Vec<Vec<u8>>,
     trailers: Option<&'static [(&'static str, &'static str)]>,
-    /// The connection is closed instead of the stream.
+    /// The stream is reset after this.
     breaks: bool,
 }
 
@@ -41,33 +51,38 @@ fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
     pairs.iter().map(|(name, value)| (http::HeaderName::from_static(name), value.parse().unwrap())).collect()
 }
 
+/// Serves one connection. Its answers are of stock hyper, which takes any frames for a body.
+fn serve(said: Said, wire: DuplexStream) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let service = service_fn(move |_request: http::Request<Incoming>| {
+            let Said { status, headers, data, trailers, breaks } = said.clone();
+            let mut frames: Vec<io::Result<Frame<Bytes>>> = data.into_iter().map(|chunk| Ok(Frame::data(Bytes::from(chunk)))).collect();
+            if let Some(trailers) = trailers {
+                frames.push(Ok(Frame::trailers(map(trailers))));
+            }
+            let end = breaks.then_some(async {
+                // When what came before is on its way.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                Err(io::Error::other("reset"))
+            });
+            let frames = stream::iter(frames).chain(stream::iter(end).then(|end| end)).boxed();
+            let mut response = Response::builder().status(status).body(StreamBody::new(frames)).unwrap();
+            *response.headers_mut() = map(headers);
+            async move { Ok::<_, Infallible>(response) }
+        });
+        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(wire), service).await;
+    })
+}
+
 /// The answers to a call, up to their end.
 async fn heard(said: Said) -> (Vec<String>, Result<(), Status>) {
     let (ours, theirs) = tokio::io::duplex(1 << 16);
-    let server = tokio::spawn(async move {
-        let mut connection = h2::server::handshake(theirs).await.unwrap();
-        let (_request, mut respond) = connection.accept().await.unwrap().unwrap();
-        let mut response = Response::builder().status(said.status).body(()).unwrap();
-        *response.headers_mut() = map(said.headers);
-        let mut stream = respond.send_response(response, said.data.is_empty() && said.trailers.is_none() && !said.breaks).unwrap();
-        for (index, chunk) in said.data.iter().enumerate() {
-            let last = index + 1 == said.data.len() && said.trailers.is_none() && !said.breaks;
-            stream.send_data(Bytes::from(chunk.clone()), last).unwrap();
-        }
-        if let Some(trailers) = said.trailers {
-            stream.send_trailers(map(trailers)).unwrap();
-        }
-        if said.breaks {
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(50), connection.accept()).await;
-        } else {
-            while connection.accept().await.is_some() {}
-        }
-    });
+    let server = serve(said, theirs);
     let client = async move {
         let (sender, driver) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
         let driven = tokio::spawn(driver);
         let connection = Connection::new(sender, "https://control.test".parse().unwrap());
-        let requests = Request::new(futures_util::stream::pending::<String>());
+        let requests = Request::new(stream::pending::<String>());
         let mut messages = Vec::new();
         let end = match connection.stream::<String, String>("/test/Stream", requests, LIMIT).await {
             Err(status) => Err(status),
@@ -88,7 +103,7 @@ async fn heard(said: Said) -> (Vec<String>, Result<(), Status>) {
         driven.abort();
         (messages, end)
     };
-    let heard = tokio::time::timeout(std::time::Duration::from_secs(60), client).await.unwrap();
+    let heard = tokio::time::timeout(Duration::from_secs(60), client).await.unwrap();
     server.abort();
     heard
 }
@@ -133,7 +148,7 @@ async fn what_breaks_the_framing_is_an_error_after_what_came_whole() {
         ("a length alone", said(&[&whole, &endless]), Code::OutOfRange, "4294967295 bytes"),
         ("another kind of message", said(&[&whole, &[0, 0, 0, 0, 2, 0x0a, 0x7f]]), Code::Internal, "not the message"),
         ("no status", Said { trailers: None, ..said(&[&whole]) }, Code::Unknown, "without a status"),
-        ("a closed connection", Said { trailers: None, breaks: true, ..said(&[&whole]) }, Code::Unknown, "broke"),
+        ("a reset", Said { trailers: None, breaks: true, ..said(&[&whole]) }, Code::Unknown, "broke"),
     ];
     for (case, said, code, text) in cases {
         let (messages, end) = heard(said).await;
@@ -181,19 +196,11 @@ async fn a_large_message_leaves_no_memory_behind() {
     let (ours, theirs) = tokio::io::duplex(1 << 16);
     let text = "x".repeat(3 << 20);
     let frames = [framed(&text), framed("small")].concat();
-    let server = tokio::spawn(async move {
-        let mut connection = h2::server::Builder::new().max_send_buffer_size(8 << 20).handshake(theirs).await.unwrap();
-        let (_request, mut respond) = connection.accept().await.unwrap().unwrap();
-        let mut response = Response::new(());
-        *response.headers_mut() = map(GRPC);
-        let mut stream = respond.send_response(response, false).unwrap();
-        stream.send_data(Bytes::from(frames), false).unwrap();
-        while connection.accept().await.is_some() {}
-    });
+    let server = serve(said(&[&frames]), theirs);
     let (sender, driver) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
     let driven = tokio::spawn(driver);
     let connection = Connection::new(sender, "https://control.test".parse().unwrap());
-    let requests = Request::new(futures_util::stream::pending::<String>());
+    let requests = Request::new(stream::pending::<String>());
     let mut answers = connection.stream::<String, String>("/test/Stream", requests, 8 << 20).await.unwrap();
     assert_eq!(answers.message().await.unwrap().unwrap().len(), text.len());
     assert!(answers.received.capacity() < 1 << 20, "{} bytes are kept", answers.received.capacity());
