@@ -10,6 +10,7 @@ mod demand;
 pub mod dns;
 mod failed_dials;
 mod guard;
+mod host_names;
 mod inbound;
 mod live;
 mod outbound;
@@ -28,6 +29,7 @@ use std::time::Duration;
 
 pub use connections::{Asked, ConnectionTable, LiveConnection, Protocol};
 pub use failed_dials::FailedDials;
+pub use host_names::HostNames;
 pub use own_tunnel::serve_own_tunnel;
 pub use pod::PodProxy;
 pub use prefetch::prefetch_certificates;
@@ -79,6 +81,8 @@ pub struct Node {
     pub mesh: Mesh,
     /// Certificates of local identities.
     pub credentials: Credentials,
+    /// Addresses of what the mesh knows by name only.
+    pub host_names: HostNames,
     /// Metrics and access log.
     pub telemetry: Telemetry,
     /// Connections whose peer is not yet authenticated: 512 per node, 64 per source address.

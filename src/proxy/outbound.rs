@@ -1,16 +1,19 @@
 //! Outbound: connections that a pod opens, caught on 15001 or asked for over SOCKS (reference, dataplane §3.3). No policy is asked here: the
 //! destination's side decides.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 use tokio::net::TcpStream;
 
 use super::connections::{Asked, LiveConnection, Protocol};
 use super::demand;
 use super::live::{Connection, Live, Opened, Transfer};
 use super::pod::PodProxy;
-use super::route::{self, Entry, Route};
+use super::route::{self, Entry, Route, RouteError};
 use super::session::Error;
 use super::socks;
 use crate::hbone::{ConnectRequest, Inner, PoolKey, Role, TunnelStream};
@@ -161,8 +164,20 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
     let source = pod.local_workload().await?;
     demand::prepare(&pod.node.mesh, &pod.node.config.route, &source, target).await?;
     let world = pod.node.mesh.current();
-    let route = route::outbound(&world.snapshot, &pod.node.config.route, &source, target, &mut rand::rng())?;
-    Ok((source, route))
+    let mut config = Cow::Borrowed(&pod.node.config.route);
+    // Asked again with a name resolved, it makes the same choices.
+    let random = SmallRng::from_rng(&mut rand::rng());
+    loop {
+        match route::outbound(&world.snapshot, &config, &source, target, &mut random.clone()) {
+            Err(RouteError::NeedsDns { hostname, .. }) => {
+                pod.node.telemetry.name_used(&source, &hostname);
+                let resolved = pod.node.host_names.resolve(&hostname, target.ip()).await;
+                let ip = resolved.map_err(|reason| Error::Unresolved { name: hostname.to_string(), reason })?;
+                config.to_mut().resolved.push((hostname, ip));
+            }
+            decided => return Ok((source, decided?)),
+        }
+    }
 }
 
 /// The way to the destination, established.

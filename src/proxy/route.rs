@@ -9,7 +9,7 @@ mod gateway;
 pub mod inbound;
 mod pick;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use rand::Rng;
@@ -37,6 +37,8 @@ pub struct RouteConfig {
     pub network: Text,
     /// Whether port 15080 is the proxy's own too (reference, dataplane §1.7). Off by default.
     pub socks: bool,
+    /// Addresses of host names by which alone workloads are known, as far as they were resolved for this connection.
+    pub resolved: Vec<(Text, IpAddr)>,
 }
 
 /// Where an outbound connection goes.
@@ -112,8 +114,8 @@ pub enum RouteError {
         /// What is wrong with its name.
         reason: SpiffeError,
     },
-    /// The chosen workload is known by a host name only.
-    #[error("DNS resolution produced no addresses: {hostname} of {workload} cannot be resolved on demand yet")]
+    /// The chosen workload is known by a host name only, which is none of [`RouteConfig::resolved`].
+    #[error("DNS resolution produced no addresses: {hostname} of {workload} was not resolved")]
     NeedsDns {
         /// The workload's uid.
         workload: Text,
@@ -175,9 +177,9 @@ pub enum RouteError {
     #[error("ip mismatch: {connected} != {requested}")]
     IpMismatch {
         /// The address the peer connected to.
-        connected: std::net::IpAddr,
+        connected: IpAddr,
         /// The address in the authority.
-        requested: std::net::IpAddr,
+        requested: IpAddr,
     },
     /// A CONNECT names a service that is not known, or not visible here.
     #[error("no service for hostname: {0}")]
@@ -227,7 +229,7 @@ pub fn outbound(
 ) -> Result<Route, RouteError> {
     let destination = canonical_socket(destination);
     refuse_recursion(Entry::Outbound, destination, config)?;
-    let call = Call { snapshot, source, destination };
+    let call = Call { snapshot, source, destination, resolved: &config.resolved };
     let client = Some(source.profile.namespace.as_str());
     let located = snapshot.locate(&config.network, destination.ip(), client);
     if let Some(Located::Service(intended)) = &located
@@ -257,6 +259,7 @@ struct Call<'a> {
     snapshot: &'a Snapshot,
     source: &'a Workload,
     destination: SocketAddr,
+    resolved: &'a [(Text, IpAddr)],
 }
 
 impl Call<'_> {
@@ -290,7 +293,7 @@ impl Call<'_> {
     }
 
     fn to_waypoint(&self, instance: gateway::Instance, service: Option<Arc<Service>>) -> Result<Route, RouteError> {
-        let next_hop = instance.address(self.destination)?;
+        let next_hop = instance.address(self.destination, self.resolved)?;
         let expected = expected_identities(&instance.workload, instance.service.as_deref())?;
         Ok(Route::Hbone { workload: instance.workload, service, next_hop, authority: Authority::Address(self.destination), expected, waypoint: true })
     }
@@ -309,7 +312,7 @@ impl Call<'_> {
         if own && let Some(route) = self.through_waypoint_of(&workload, rng)? {
             return Ok(route);
         }
-        let ip = pick::address(&workload, Some(&service), self.destination.ip())?;
+        let ip = pick::address(&workload, Some(&service), self.destination.ip(), self.resolved)?;
         connect(workload, Some(service), SocketAddr::new(ip, port))
     }
 
@@ -338,7 +341,7 @@ impl Call<'_> {
             return Err(RouteError::NobodyBeyond { workload: uid(), service });
         }
         Ok(Route::Beyond {
-            next_hop: instance.address(self.destination)?,
+            next_hop: instance.address(self.destination, self.resolved)?,
             gateway_expected: expected_identities(&instance.workload, instance.service.as_deref())?,
             gateway: instance.workload,
             authority: Authority::Host(service.hostname.clone(), self.destination.port()),

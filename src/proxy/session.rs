@@ -77,8 +77,8 @@ pub enum Error {
     /// A SOCKS client did not say where it wants to go, or wants what is not served.
     #[error(transparent)]
     Socks(#[from] HandshakeError),
-    /// The host name that a SOCKS client asked for has no address.
-    #[error("{name} cannot be resolved: {reason}")]
+    /// The host name by which alone the destination is known, or that a SOCKS client asked for, has no address.
+    #[error("DNS resolution produced no addresses: {name} cannot be resolved: {reason}")]
     Unresolved {
         /// The name.
         name: String,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder};
+use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
 use super::facts::{ConnectionFacts, PeerFacts, Reporter, ResponseFlag};
 use crate::model::{Baggage, Text, Workload};
@@ -109,6 +109,34 @@ fn place(peer: &PeerFacts) -> [Value; 2] {
         (Some(workload), _) => [known(&workload.profile.locality.region), known(&workload.profile.locality.zone)],
         (None, Some(baggage)) => [baggage.region.as_ref().and_then(known), baggage.zone.as_ref().and_then(known)],
         (None, None) => [None, None],
+    }
+}
+
+/// A workload of this node, and a host name that it needed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct NameLabels {
+    source: Side,
+    hostname: Value,
+}
+
+impl NameLabels {
+    pub(super) fn of(source: &Workload, hostname: &Text) -> Self {
+        Self { source: Side::of_workload(source), hostname: known(hostname) }
+    }
+
+    /// The one set that takes what is over the limit.
+    pub(super) fn overflow() -> Self {
+        let overflow = || Some(Text::from("overflow"));
+        Self { source: Side { workload: overflow(), ..Side::default() }, hostname: overflow() }
+    }
+}
+
+impl EncodeLabelSet for NameLabels {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for (name, value) in self.source.values() {
+            (format!("source_{name}").as_str(), value.as_deref().unwrap_or("unknown")).encode(encoder.encode_label())?;
+        }
+        ("hostname", self.hostname.as_deref().unwrap_or("unknown")).encode(encoder.encode_label())
     }
 }
 

@@ -9,6 +9,7 @@ mod connection;
 mod facts;
 mod labels;
 pub mod logging;
+mod names;
 mod process;
 mod rate_limit;
 mod refusal;
@@ -30,6 +31,8 @@ pub use rate_limit::{RateLimit, report_suppressed};
 pub use refusal::{EarlyRefusal, RefusalReason};
 pub use series::Meter;
 
+use crate::model::{Text, Workload};
+use names::NameUses;
 use refusal::Refusals;
 use series::SeriesTable;
 
@@ -89,6 +92,7 @@ struct Inner {
     sockets: Family<ReporterLabel, Gauge>,
     refusals: Refusals,
     lost_sources: Counter,
+    names: NameUses,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -116,11 +120,12 @@ impl Telemetry {
         let lost_sources = Counter::default();
         let help = "Connections to applications that do not show their client's address, because the kernel refused it";
         registry.register("culvert_source_addresses_lost", help, lost_sources.clone());
+        let names = NameUses::register(&mut registry);
         let series = Arc::new(SeriesTable::new(&config));
         registry.register_collector(Box::new(Arc::clone(&series)));
         registry.register_collector(Box::new(process::ProcessCollector));
         registry.register_collector(Box::new(logging::LogCollector));
-        Self { inner: Arc::new(Inner { registry: Mutex::new(registry), series, sockets, refusals, lost_sources }) }
+        Self { inner: Arc::new(Inner { registry: Mutex::new(registry), series, sockets, refusals, lost_sources, names }) }
     }
 
     /// Counts a connection as opened and logs it at debug. From here on it is closed exactly once, whatever happens to its task.
@@ -136,6 +141,11 @@ impl Telemetry {
     /// An application was reached, but does not see the address of its client.
     pub fn source_lost(&self) {
         self.inner.lost_sources.inc();
+    }
+
+    /// A connection of `source` needed the address of a host name of the mesh, remembered or not.
+    pub fn name_used(&self, source: &Workload, hostname: &Text) {
+        self.inner.names.count(source, hostname);
     }
 
     /// An accepted socket; counted in `istio_tcp_sockets_open` until the guard is dropped.

@@ -395,3 +395,29 @@ fn early_refusals_are_one_warning_each_and_at_most_ten_a_second() {
     let noted = lines(LogFormat::Plain, "", |_| report_suppressed());
     assert!(noted.iter().any(|line| line.contains("log lines suppressed") && line.contains("cause=\"refused: loop\"")), "{noted:?}");
 }
+
+#[test]
+fn names_that_were_needed_are_counted_for_each_workload_up_to_a_limit() {
+    let telemetry = Telemetry::default();
+    let needed = |number: usize| {
+        let profile = Profile {
+            canonical_name: "shop".into(),
+            namespace: "default".into(),
+            workload_name: format!("shop-{number}").as_str().into(),
+            ..Profile::default()
+        };
+        let workload = Workload { profile: Arc::new(profile), ..(*workload("shop", "default")).clone() };
+        telemetry.name_used(&workload, &"db.example".into());
+    };
+    needed(0);
+    needed(0);
+    let line = "istio_on_demand_dns_total{source_workload=\"shop-0\",source_canonical_service=\"shop\",source_canonical_revision=\"unknown\",\
+        source_workload_namespace=\"default\",source_principal=\"unknown\",source_app=\"shop\",source_version=\"unknown\",\
+        source_cluster=\"Kubernetes\",hostname=\"db.example\"} 2\n";
+    let page = telemetry.metrics_page().unwrap();
+    assert!(page.contains(line), "{line} is not in\n{page}");
+    (1..2000).for_each(needed);
+    let page = telemetry.metrics_page().unwrap();
+    assert_eq!(page.lines().filter(|line| line.starts_with("istio_on_demand_dns_total{")).count(), 1001);
+    assert!(page.contains("hostname=\"overflow\"} 1000\n"));
+}

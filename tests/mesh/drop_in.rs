@@ -14,7 +14,7 @@ use culvert::sys::netns::NetNs;
 use culvert::sys::nft;
 use culvert::sys::socket::{DialOptions, dial_socket};
 use culvert::wire::authorization::Scope;
-use culvert::wire::workload::Workload;
+use culvert::wire::workload::{self, Workload};
 use culvert::wire::xds::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use culvert::wire::zds::Pod;
 use tokio::runtime::Runtime;
@@ -30,6 +30,7 @@ const CLIENT: [u8; 4] = [10, 1, 0, 1];
 const SERVER: [u8; 4] = [10, 1, 0, 2];
 /// On the pods' wire, as far as routes are concerned.
 const VIP: [u8; 4] = [10, 1, 0, 99];
+const OTHER_VIP: [u8; 4] = [10, 1, 0, 98];
 
 /// A pod of this node, with an account of its own name.
 fn member(name: &str, ip: [u8; 4]) -> Workload {
@@ -168,17 +169,10 @@ fn without_a_control_plane_a_proxy_is_not_ready_and_carries_nothing_until_it_com
     assert!(ends_without_a_byte(ground.connect(server).unwrap()).is_err());
     assert!((Duration::from_secs(4)..Duration::from_secs(15)).contains(&begin.elapsed()), "{:?}", begin.elapsed());
     assert_eq!(ground.asked(), []);
-    let waiting = std::thread::scope(|scope| {
-        // One that is waiting when the control plane comes is served.
-        let waiting = scope.spawn(|| ground.echo(server));
-        let mut control = ground.control_plane();
-        let stream = ground.synced(&mut control);
-        ground.wait_until_ready();
-        waiting.join().unwrap().unwrap();
-        (control, stream)
-    });
+    let mut control = ground.control_plane();
+    let _stream = ground.synced(&mut control);
+    ground.wait_until_ready();
     ground.echo(server).unwrap();
-    drop(waiting);
 }
 
 #[test]
@@ -288,6 +282,45 @@ fn a_tunnel_belongs_to_the_address_of_its_socket_and_not_to_what_was_translated_
     let tunnel = ca.dial(socket.into(), "spiffe://cluster.local/ns/shop/sa/client").unwrap();
     tunnel.connect("10.1.0.2:8080").stream.echo(b"the socket's own address");
     assert_eq!(tunnel.connect("10.1.0.99:8080").status, 400);
+}
+
+#[test]
+fn a_destination_that_is_known_by_name_only_is_resolved_when_it_is_needed() {
+    let ground = Ground::new();
+    let mut control = ground.control_plane();
+    let mut stream = ground.synced(&mut control);
+    ground.wait_until_ready();
+    // As a service entry with DNS resolution is. In the client's pod, this name is the pod itself.
+    serve_echo(ground.client.run(|| TcpListener::bind("127.0.0.1:8080").unwrap()).unwrap());
+    let mut rows = Vec::new();
+    for (name, vip) in [("localhost", VIP), ("gone.invalid", OTHER_VIP)] {
+        let tcp = workload::TunnelProtocol::None.into();
+        let mut endpoint =
+            Workload { uid: format!("entry/{name}"), hostname: name.into(), addresses: Vec::new(), tunnel_protocol: tcp, ..pod(name, VIP) };
+        rows.push(service_resource_with(&format!("{name}.test"), vip, &mut endpoint, (80, 8080)));
+        rows.push(pod_resource(&endpoint, "1"));
+    }
+    ground.runtime.block_on(async {
+        stream.push(ADDRESS_TYPE, rows, &[]).await;
+        stream.acked().await;
+    });
+    for _ in 0..2 {
+        ground.echo((IpAddr::from(VIP), 80)).unwrap();
+    }
+    assert!(ends_without_a_byte(ground.connect((IpAddr::from(OTHER_VIP), 80)).unwrap()).is_err());
+    let refused = || {
+        ground.proxy.log().lines().any(|line| {
+            line.contains("connection failed") && line.contains("DNS resolution produced no addresses: gone.invalid cannot be resolved: ")
+        })
+    };
+    wait_until("the reason is in the log", refused);
+    let (_, page) = ground.proxy.page(15020, "GET /metrics").unwrap();
+    for (name, count) in [("localhost", 2), ("gone.invalid", 1)] {
+        assert!(
+            page.lines().any(|line| line.starts_with("istio_on_demand_dns_total{") && line.ends_with(&format!("hostname=\"{name}\"}} {count}"))),
+            "{page}"
+        );
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use culvert::discovery::local::{self, LocalSource};
 use culvert::hbone::{Config, Endpoint};
 use culvert::lifecycle::drain::{self, DrainTrigger};
 use culvert::lifecycle::{PermitLimits, Permits};
-use culvert::proxy::{FailedDials, Node, PodProxy, PodSockets};
+use culvert::proxy::{FailedDials, HostNames, Node, PodProxy, PodSockets};
 use culvert::telemetry::{Telemetry, TelemetryConfig};
 use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
@@ -31,7 +31,7 @@ impl Pod {
         let mesh = local::start(LocalSource::Text(text.to_owned()), local::Config::default()).await.unwrap();
         let config = culvert::proxy::Config {
             localhost_app_tunnel: true,
-            route: culvert::proxy::route::RouteConfig { network: "".into(), socks: false },
+            route: culvert::proxy::route::RouteConfig::default(),
             mark: None,
             keepalive: None,
             user_timeout: false,
@@ -47,6 +47,7 @@ impl Pod {
             hbone: Arc::new(Endpoint::new(Config::default())),
             mesh,
             credentials: realm.credentials.clone(),
+            host_names: HostNames::new(true),
             telemetry: Telemetry::new(TelemetryConfig::default()),
             unauthenticated: Permits::new(PermitLimits { total: 100, per_key: 100 }),
             dials: Permits::new(PermitLimits { total: usize::MAX, per_key: 64 }),

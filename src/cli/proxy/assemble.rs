@@ -33,7 +33,7 @@ use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
 use crate::proxy::dns::Dns;
-use crate::proxy::{ConnectionTable, FailedDials, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
+use crate::proxy::{ConnectionTable, FailedDials, HostNames, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
 use crate::telemetry::logging::{LogFormat, LogHandle};
 use crate::telemetry::{Telemetry, TelemetryConfig};
@@ -94,6 +94,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
         }),
         mesh: mesh.clone(),
         credentials: credentials.clone(),
+        host_names: HostNames::new(settings.ipv6),
         telemetry: telemetry.clone(),
         unauthenticated: Permits::new(PermitLimits { total: unauthenticated, per_key: per_source }),
         dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),

@@ -296,7 +296,11 @@ impl Args {
             dns: self.dns.config(self.ipv6_enabled, mode != Mode::Shared),
             ipv6: self.ipv6_enabled,
             proxy: crate::proxy::Config {
-                route: crate::proxy::route::RouteConfig { network: self.network.as_str().into(), socks: self.unstable_enable_socks5 },
+                route: crate::proxy::route::RouteConfig {
+                    network: self.network.as_str().into(),
+                    socks: self.unstable_enable_socks5,
+                    resolved: Vec::new(),
+                },
                 mark,
                 keepalive,
                 user_timeout: self.user_timeout_enabled,

@@ -4,7 +4,7 @@
 //! A gateway is named by the control plane, so it is looked up without regard to who asks: namespace and visibility of services play no part.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use rand::Rng;
@@ -12,7 +12,7 @@ use rand::seq::IndexedRandom;
 
 use super::balance::{self, Kind, Wanted};
 use super::{RouteError, pick};
-use crate::model::{GatewayAddress, GatewayDestination, LoadBalancingMode, Service, Snapshot, Workload};
+use crate::model::{GatewayAddress, GatewayDestination, LoadBalancingMode, Service, Snapshot, Text, Workload};
 
 /// The instance of a gateway that was chosen for a connection.
 pub(super) struct Instance {
@@ -81,12 +81,12 @@ pub(super) fn choose(
 
 impl Instance {
     /// Where it is dialled, for a connection that was sent to `original`.
-    pub(super) fn address(&self, original: SocketAddr) -> Result<SocketAddr, RouteError> {
+    pub(super) fn address(&self, original: SocketAddr, resolved: &[(Text, IpAddr)]) -> Result<SocketAddr, RouteError> {
         let family_of = match &self.gateway.destination {
             GatewayDestination::Address(address) => address.ip,
             GatewayDestination::Hostname(_) => original.ip(),
         };
-        pick::address(&self.workload, self.service.as_deref(), family_of).map(|ip| SocketAddr::new(ip, self.port))
+        pick::address(&self.workload, self.service.as_deref(), family_of, resolved).map(|ip| SocketAddr::new(ip, self.port))
     }
 }
 

@@ -3,11 +3,11 @@
 use std::net::IpAddr;
 
 use super::RouteError;
-use crate::model::{Service, Workload};
+use crate::model::{Service, Text, Workload};
 
 /// The address of a workload for a connection that was sent to `original`: that very address if it is the workload's, else
-/// one that the service permits, of the same family if there is one.
-pub(super) fn address(workload: &Workload, service: Option<&Service>, original: IpAddr) -> Result<IpAddr, RouteError> {
+/// one that the service permits, of the same family if there is one. A workload that has none, but a host name, has the one that was resolved for it.
+pub(super) fn address(workload: &Workload, service: Option<&Service>, original: IpAddr, resolved: &[(Text, IpAddr)]) -> Result<IpAddr, RouteError> {
     if workload.addresses.contains(&original) {
         return Ok(original);
     }
@@ -17,7 +17,11 @@ pub(super) fn address(workload: &Workload, service: Option<&Service>, original: 
     match same_family.or_else(|| permitted().next()) {
         Some(ip) => Ok(*ip),
         None if workload.hostname.is_empty() => Err(RouteError::NoValidDestination(workload.uid.clone())),
-        None => Err(RouteError::NeedsDns { workload: workload.uid.clone(), hostname: workload.hostname.clone() }),
+        None => {
+            let named = resolved.iter().find(|(name, _)| *name == workload.hostname);
+            let needed = || RouteError::NeedsDns { workload: workload.uid.clone(), hostname: workload.hostname.clone() };
+            named.map(|(_, ip)| *ip).ok_or_else(needed)
+        }
     }
 }
 

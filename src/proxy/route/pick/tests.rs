@@ -24,14 +24,21 @@ fn the_asked_address_then_a_permitted_one_of_its_family_then_any_permitted() {
     ];
     for (original, addresses, ip_families, expected) in cases {
         let service = Service { ip_families, ..service("h", &[], &[]) };
-        let picked = address(&pod("a", addresses), Some(&service), ip(original));
+        let picked = address(&pod("a", addresses), Some(&service), ip(original), &[]);
         assert_eq!(picked.ok(), expected.map(ip), "{original} of {addresses:?} for {ip_families:?}");
     }
 }
 
 #[test]
-fn a_workload_that_is_known_by_name_only_needs_dns() {
+fn a_workload_that_is_known_by_name_only_has_the_address_that_was_resolved_for_it() {
     let by_name = Workload { hostname: "db.example".into(), ..pod("db", &[]) };
-    assert!(matches!(address(&by_name, None, ip("10.1.0.1")), Err(RouteError::NeedsDns { hostname, .. }) if hostname == "db.example"));
-    assert!(matches!(address(&pod("a", &[]), None, ip("10.1.0.1")), Err(RouteError::NoValidDestination(_))));
+    let resolved = [("other.example".into(), ip("10.0.0.8")), ("db.example".into(), ip("10.0.0.9"))];
+    assert_eq!(address(&by_name, None, ip("10.1.0.1"), &resolved), Ok(ip("10.0.0.9")));
+    // An address of its own comes before a name.
+    let both = Workload { hostname: "db.example".into(), ..pod("db", &["10.0.0.1"]) };
+    assert_eq!(address(&both, None, ip("10.1.0.1"), &resolved), Ok(ip("10.0.0.1")));
+    assert!(
+        matches!(address(&by_name, None, ip("10.1.0.1"), &resolved[..1]), Err(RouteError::NeedsDns { hostname, .. }) if hostname == "db.example")
+    );
+    assert!(matches!(address(&pod("a", &[]), None, ip("10.1.0.1"), &resolved), Err(RouteError::NoValidDestination(_))));
 }

@@ -138,10 +138,32 @@ fn an_endpoint_that_cannot_be_addressed_or_verified_is_an_error() {
     let only_v6 = Service { ip_families: Some(IpFamilies::Ipv6), ..vip.clone() };
     for (workload, service, expected) in [
         (unnamed, vip.clone(), "no valid destination for workload: c//Pod/default/a: not a workload SPIFFE ID"),
-        (by_name, vip, "DNS resolution produced no addresses: db.example of c//Pod/default/db cannot be resolved on demand yet"),
+        (by_name, vip, "DNS resolution produced no addresses: db.example of c//Pod/default/db was not resolved"),
         (backing(pod("a", &["10.0.0.1"]), "h", &[]), only_v6, "no valid destination for workload: c//Pod/default/a has no address that fits"),
     ] {
         let shown = shown(route(&snapshot([workload], [service]), "10.1.0.1:80"));
         assert!(shown.starts_with(expected), "{shown}");
+    }
+}
+
+#[test]
+fn what_is_known_by_name_only_is_reached_at_the_address_that_was_resolved_for_it() {
+    let by_name =
+        |name: &str, service: &str| Workload { hostname: format!("{name}.example").as_str().into(), ..backing(pod(name, &[]), service, &[]) };
+    let rows = snapshot(
+        [plain(by_name("db", "h")), by_name("way", "way.x")],
+        [
+            service("h", &["10.1.0.1"], &[(80, 5432)]),
+            service("way.x", &["10.1.0.6"], &[(15008, 15008)]),
+            with_waypoint(service("web", &["10.1.0.2"], &[(80, 80)]), gateway_named("way.x", 15008)),
+        ],
+    );
+    let resolved = vec![("db.example".into(), ip("192.0.2.5")), ("way.example".into(), ip("2001:db8::6"))];
+    let config = RouteConfig { resolved, ..RouteConfig::default() };
+    for (destination, expected) in
+        [("10.1.0.1:80", "tcp db 192.0.2.5:5432 of h"), ("10.1.0.2:80", "hbone way [2001:db8::6]:15008 for 10.1.0.2:80 of web as way")]
+    {
+        let routed = outbound(&rows, &config, &pod("client", &["10.0.0.9"]), socket(destination), &mut rng());
+        assert_eq!(shown(routed), expected);
     }
 }

@@ -145,7 +145,7 @@ fn a_waypoint_that_cannot_be_found_is_an_error_that_names_it_and_never_passed_by
             "an instance without an address",
             vec![endpoint(), Workload { hostname: "w.example".into(), ..backing(pod("way", &[]), "way.x", &[]) }],
             vec![web(by_name()), way(&[(15008, 15008)])],
-            vec![("10.1.0.1:80", "DNS resolution produced no addresses: w.example of c//Pod/default/way cannot be resolved on demand yet")],
+            vec![("10.1.0.1:80", "DNS resolution produced no addresses: w.example of c//Pod/default/way was not resolved")],
         ),
     ]);
 }
