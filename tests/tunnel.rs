@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[allow(dead_code, unreachable_pub)]
+#[path = "support/pki.rs"]
+mod pki;
+#[allow(dead_code, unreachable_pub)]
 #[path = "support/raw_h2.rs"]
 mod raw_h2;
 #[allow(dead_code, unreachable_pub)]
@@ -22,6 +25,8 @@ mod ends;
 mod handshake;
 #[path = "tunnel/keepalive.rs"]
 mod keepalive;
+#[path = "tunnel/older.rs"]
+mod older;
 #[path = "tunnel/pool.rs"]
 mod pool;
 #[path = "tunnel/requests.rs"]

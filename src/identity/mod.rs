@@ -57,6 +57,8 @@ pub struct Config {
     pub post_quantum_only: bool,
     /// Offer AES-128-GCM before AES-256-GCM. Default off (ref §2.1). Saves about a fifth of the CPU of bulk encryption; a server follows its client.
     pub prefer_aes128: bool,
+    /// Speak TLS 1.2 with peers that speak nothing newer (`TLS12_ENABLED`). Default off; has no effect with `post_quantum_only`, which 1.2 cannot be.
+    pub tls12: bool,
 }
 
 impl Default for Config {
@@ -71,6 +73,7 @@ impl Default for Config {
             revocations: None,
             post_quantum_only: false,
             prefer_aes128: false,
+            tls12: false,
         }
     }
 }

@@ -21,13 +21,13 @@ use crate::lifecycle::Clock;
 /// The ALPN name of HTTP/2. A peer that offers no ALPN at all passes the handshake: the tunnel checks what was agreed.
 const ALPN: &[u8] = b"h2";
 
-/// TLS 1.2 is never spoken (`TLS12_ENABLED` changes nothing): every peer of a mesh, the reference and Envoy's waypoint among them, speaks 1.3, and the
-/// record layer of the tunnels is that of 1.3 alone.
 static TLS13_ONLY: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
+static TLS13_AND_12: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
 
 /// What all configurations of a store share.
 pub(super) struct Shape {
     pub(super) provider: Arc<CryptoProvider>,
+    versions: &'static [&'static SupportedProtocolVersion],
     pub(super) revocations: Option<Revocations>,
     time: Arc<WallClock>,
 }
@@ -39,13 +39,24 @@ impl Shape {
         if config.prefer_aes128 {
             cipher_suites.reverse();
         }
+        // An exchange that is post-quantum exists in 1.3 only.
+        let tls12 = config.tls12 && !config.post_quantum_only;
+        if tls12 {
+            cipher_suites.extend([
+                suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+                suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+                suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+                suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+            ]);
+        }
+        let versions = if tls12 { TLS13_AND_12 } else { TLS13_ONLY };
         let kx_groups = if config.post_quantum_only {
             vec![group::X25519MLKEM768]
         } else {
             vec![group::X25519, group::SECP256R1, group::SECP384R1, group::X25519MLKEM768]
         };
         let provider = CryptoProvider { cipher_suites, kx_groups, ..aws_lc_rs::default_provider() };
-        Self { provider: Arc::new(provider), revocations: config.revocations.clone(), time: Arc::new(WallClock(clock)) }
+        Self { provider: Arc::new(provider), versions, revocations: config.revocations.clone(), time: Arc::new(WallClock(clock)) }
     }
 
     /// The time that certificates are judged by.
@@ -55,7 +66,7 @@ impl Shape {
 
     pub(super) fn server(&self, verifier: Arc<ClientVerifier>, key: Arc<CertifiedKey>) -> Result<ServerConfig, Error> {
         let mut config = ServerConfig::builder_with_details(self.provider.clone(), self.time.clone())
-            .with_protocol_versions(TLS13_ONLY)?
+            .with_protocol_versions(self.versions)?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -63,6 +74,8 @@ impl Shape {
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
+        // Without it, the keys of TLS 1.2 do not depend on who has shaken hands (RFC 7627).
+        config.require_ems = true;
         config.enable_secret_extraction = true;
         config.key_log = Arc::new(Capture);
         Ok(config)
@@ -70,7 +83,7 @@ impl Shape {
 
     pub(super) fn client(&self, verifier: Arc<ServerVerifier>, key: Arc<CertifiedKey>) -> Result<ClientConfig, Error> {
         let mut config = ClientConfig::builder_with_details(self.provider.clone(), self.time.clone())
-            .with_protocol_versions(TLS13_ONLY)?
+            .with_protocol_versions(self.versions)?
             .dangerous()
             .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
@@ -78,6 +91,7 @@ impl Shape {
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         config.enable_early_data = false;
+        config.require_ems = true;
         config.enable_secret_extraction = true;
         config.key_log = Arc::new(Capture);
         Ok(config)

@@ -164,6 +164,12 @@ impl StockServer {
     }
 
     pub async fn with(credential: Arc<Credential>, answer: Answer, configure: impl FnOnce(&mut h2::server::Builder)) -> Self {
+        Self::speaking((*credential.server_config()).clone(), answer, configure).await
+    }
+
+    /// With a configuration of TLS that is not one of ours.
+    pub async fn speaking(tls: rustls::ServerConfig, answer: Answer, configure: impl FnOnce(&mut h2::server::Builder)) -> Self {
+        let acceptor = TlsAcceptor::from(Arc::new(tls));
         let (listener, address) = listen().await;
         let mut builder = h2::server::Builder::new();
         configure(&mut builder);
@@ -175,12 +181,12 @@ impl StockServer {
         let task = tokio::spawn(async move {
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
-                let (credential, builder) = (credential.clone(), builder.clone());
+                let (acceptor, builder) = (acceptor.clone(), builder.clone());
                 let (connections, requests, ended, goaway) = (counted.clone(), counted_requests.clone(), counted_ends.clone(), told.clone());
                 let noted = noted.clone();
                 tokio::spawn(async move {
                     // The client may refuse us.
-                    let Ok(stream) = TlsAcceptor::from(credential.server_config()).accept(socket).await else { return };
+                    let Ok(stream) = acceptor.accept(socket).await else { return };
                     let Ok(mut connection) = builder.handshake::<_, Bytes>(stream).await else { return };
                     let number = connections.fetch_add(1, Ordering::SeqCst);
                     loop {
@@ -269,7 +275,11 @@ pub struct StockStream {
 
 impl StockClient {
     pub async fn connect(address: SocketAddr, credential: &Credential) -> Self {
-        let stream = tls_to(address, credential).await;
+        Self::over(tls_to(address, credential).await).await
+    }
+
+    /// Over a connection whose handshake is done.
+    pub async fn over(stream: client::TlsStream<TcpStream>) -> Self {
         let (requests, connection) = h2::client::Builder::new().enable_push(false).handshake(stream).await.unwrap();
         Self { requests, task: tokio::spawn(connection) }
     }

@@ -55,8 +55,8 @@ fn serve(settings: Settings, log: &LogHandle) -> anyhow::Result<ExitCode> {
     if let Err(error) = sys::memory::return_while_idle() {
         tracing::warn!("memory of past peaks will be kept while the proxy is idle: {error}");
     }
-    if settings.tls12 {
-        tracing::warn!("TLS12_ENABLED has no effect: tunnels are TLS 1.3 only, which every peer of a mesh speaks");
+    if settings.tls12 && settings.pqc {
+        tracing::warn!("TLS12_ENABLED has no effect with COMPLIANCE_POLICY=pqc: there is no post-quantum key exchange in TLS 1.2");
     }
     let data = Workers::start(settings.workers)?;
     let desk = tokio::runtime::Builder::new_current_thread().thread_name("culvert-desk").enable_all().build()?;
@@ -195,7 +195,13 @@ fn credentials(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<C
         supervisor.supervise("revocation lists", reading);
         revocations
     });
-    let config = identity::Config { ttl: settings.secret_ttl, revocations, post_quantum_only: settings.pqc, ..identity::Config::default() };
+    let config = identity::Config {
+        ttl: settings.secret_ttl,
+        revocations,
+        post_quantum_only: settings.pqc,
+        tls12: settings.tls12,
+        ..identity::Config::default()
+    };
     let (credentials, renewal) = Credentials::new(config, issuer, Clock::system());
     supervisor.supervise("certificate renewal", renewal);
     Ok(credentials)

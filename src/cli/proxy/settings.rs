@@ -156,7 +156,7 @@ pub(crate) struct Args {
     /// Send baggage in responses, and believe the baggage of requests (telemetry only).
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
     enable_response_baggage: bool,
-    /// Accepted and ignored: tunnels are TLS 1.3 only, which every peer of a mesh speaks.
+    /// `true`: speak TLS 1.2 with peers that speak nothing newer, between proxies; slower. Anything else: TLS 1.3 only.
     #[arg(long, env = "TLS12_ENABLED", default_value = "false")]
     tls12_enabled: String,
     /// `pqc`: only post-quantum key exchange.

@@ -5,12 +5,12 @@ use std::io;
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
-use rustls::{CipherSuite, ExtractedSecrets};
+use rustls::{CipherSuite, ExtractedSecrets, ProtocolVersion};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::super::Error;
-use super::{Early, Established};
+use super::{Early, Established, older};
 use crate::forward::record::{self, Direction, Opener, RecordError, Sealer, Suite};
 use crate::identity::{Credential, TrafficSecrets, capture_secrets};
 
@@ -45,7 +45,11 @@ pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential
     let (socket, secrets, input) = run(socket, &mut connection).await?;
     crate::hbone::require_alpn(connection.alpn_protocol())?;
     let chain = connection.peer_certificates().unwrap_or_default().to_vec();
+    let is_older = connection.protocol_version() == Some(ProtocolVersion::TLSv1_2);
     let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
+    if is_older {
+        return older::adapt(socket, &extracted, chain, input);
+    }
     let (opener, sealer) = directions(&extracted, &secrets.server, &secrets.client)?;
     Ok(Established { socket, opener, sealer, chain, input })
 }
@@ -56,7 +60,11 @@ pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential
     let (socket, secrets, input) = run(socket, &mut connection).await?;
     crate::hbone::require_alpn(connection.alpn_protocol())?;
     let chain = connection.peer_certificates().unwrap_or_default().to_vec();
+    let is_older = connection.protocol_version() == Some(ProtocolVersion::TLSv1_2);
     let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
+    if is_older {
+        return older::adapt(socket, &extracted, chain, input);
+    }
     let (opener, sealer) = directions(&extracted, &secrets.client, &secrets.server)?;
     Ok(Established { socket, opener, sealer, chain, input })
 }

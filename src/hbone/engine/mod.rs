@@ -50,6 +50,7 @@ mod frame;
 mod frozen;
 mod handshake;
 mod headers;
+mod older;
 mod ready;
 mod receive;
 mod spare;

@@ -112,6 +112,7 @@ fn rows() -> Vec<Row> {
         ("LOCALHOST_APP_TUNNEL", "false", |it| it.proxy.localhost_app_tunnel.to_string(), "false"),
         ("ENABLE_RESPONSE_BAGGAGE", "false", |it| it.proxy.baggage.to_string(), "false"),
         ("CRL_PATH", "/crl", |it| format!("{:?}", it.crl_path), "Some(\"/crl\")"),
+        ("TLS12_ENABLED", "true", |it| it.tls12.to_string(), "true"),
         ("COMPLIANCE_POLICY", "pqc", |it| format!("{} {}", it.pqc, ca(it).post_quantum_only), "true true"),
         ("AUTHZ_POLICY_INFO_LOGGING", "true", |it| it.proxy.policy_info.to_string(), "true"),
         ("RUST_LOG", "debug", |it| it.log.clone(), "debug"),
@@ -151,6 +152,56 @@ fn every_variable_of_the_reference_has_its_effect() {
         let unset = Probe::try_parse_from(["proxy"]).unwrap().args.check().unwrap();
         let changed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| effect(&unset) != expected)).unwrap_or(true);
         assert!(changed, "{variable}: the effect is there without it");
+    }
+}
+
+#[test]
+fn variables_that_are_not_set_have_the_defaults_of_the_reference() {
+    let it = Probe::try_parse_from(["proxy"]).unwrap().args.check().unwrap();
+    let server = &remote(&it).server;
+    for (variable, actual, expected) in [
+        ("XDS_ADDRESS", server.address.to_string(), super::super::control_plane::default_address().trim_start_matches("https://").to_owned()),
+        ("CA_ADDRESS", ca(&it).address.to_string(), super::super::control_plane::default_address().trim_start_matches("https://").to_owned()),
+        ("XDS_ROOT_CA", server.roots.to_string(), "in ./var/run/secrets/istio/root-cert.pem".to_owned()),
+        ("CA_ROOT_CA", ca(&it).roots.to_string(), "in ./var/run/secrets/istio/root-cert.pem".to_owned()),
+        ("PROXY_MODE", format!("{:?}", it.mode), "Shared".to_owned()),
+        ("NODE_NAME", it.node_name.clone(), String::new()),
+        ("NETWORK", it.proxy.route.network.to_string(), String::new()),
+        ("CLUSTER_ID", format!("{:?}", server.headers), "[(\"clusterid\", \"Kubernetes\")]".to_owned()),
+        ("CLUSTER_DOMAIN", it.dns.cluster_domain.clone(), "cluster.local".to_owned()),
+        ("PREFERED_SERVICE_NAMESPACE", format!("{:?}", it.dns.preferred_namespace), "None".to_owned()),
+        ("XDS_ON_DEMAND", format!("{:?}", remote(&it).on_demand), "None".to_owned()),
+        ("SECRET_TTL", format!("{:?}", it.secret_ttl), "86400s".to_owned()),
+        ("INPOD_UDS", it.pods.socket.display().to_string(), "/var/run/ztunnel/ztunnel.sock".to_owned()),
+        ("INPOD_PORT_REUSE", it.pods.port_reuse.to_string(), "true".to_owned()),
+        ("PACKET_MARK", format!("{:?} {:?}", it.pods.mark, it.proxy.mark), "Some(1337) Some(1337)".to_owned()),
+        ("ENABLE_ORIG_SRC", format!("{:?}", it.pods.transparency), "Try".to_owned()),
+        ("KEEPALIVE_*", format!("{:?}", it.proxy.keepalive), format!("{:?}", Some(Keepalive::default()))),
+        (
+            "KEEPALIVE_TIME, KEEPALIVE_INTERVAL",
+            format!("{:?}", Keepalive::default()),
+            "Keepalive { idle: 180s, interval: 180s, retries: 9 }".to_owned(),
+        ),
+        ("USER_TIMEOUT_ENABLED", format!("{} {:?}", it.proxy.user_timeout, it.pods.user_timeout), "false None".to_owned()),
+        (
+            "HTTP2_*",
+            format!("{} {} {}", it.hbone.stream_window, it.hbone.connection_window, it.hbone.frame_size),
+            "4194304 16777216 1048576".to_owned(),
+        ),
+        ("POOL_*", format!("{} {:?}", it.hbone.pool_max_streams, it.hbone.pool_unused_release), "100 300s".to_owned()),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", format!("{:?} {:?}", it.drain, it.pods.drain_deadline), "5s 5s".to_owned()),
+        ("IPV6_ENABLED", format!("{} {} {}", it.ipv6, it.pods.ipv6, it.dns.ipv6), "true true true".to_owned()),
+        ("UNSTABLE_ENABLE_SOCKS5", format!("{} {}", it.pods.services.socks, it.proxy.route.socks), "false false".to_owned()),
+        ("LOCALHOST_APP_TUNNEL", it.proxy.localhost_app_tunnel.to_string(), "true".to_owned()),
+        ("ENABLE_RESPONSE_BAGGAGE", it.proxy.baggage.to_string(), "true".to_owned()),
+        ("CRL_PATH", format!("{:?}", it.crl_path), "None".to_owned()),
+        ("TLS12_ENABLED, COMPLIANCE_POLICY", format!("{} {}", it.tls12, it.pqc), "false false".to_owned()),
+        ("AUTHZ_POLICY_INFO_LOGGING", it.proxy.policy_info.to_string(), "false".to_owned()),
+        ("RUST_LOG, LOG_FORMAT", format!("{} {}", it.log, it.log_json), "info false".to_owned()),
+        ("ISTIO_META_DNS_*", format!("{:?}", it.pods.services.dns), "Some(Loopback(15053))".to_owned()),
+        ("proxyAdminPort, statsPort", format!("{} {}", it.ports.admin, it.ports.stats), "15000 15020".to_owned()),
+    ] {
+        assert_eq!(actual, expected, "{variable}");
     }
 }
 
