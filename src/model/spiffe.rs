@@ -87,8 +87,9 @@ impl SpiffeId {
 
     /// The name without its scheme, as policies write principals: `<td>/ns/<ns>/sa/<sa>`.
     #[must_use]
-    pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.0.trust_domain, self.0.namespace, self.0.service_account)
+    pub fn principal(&self) -> &str {
+        let uri = self.0.uri.as_str();
+        uri.strip_prefix("spiffe://").unwrap_or(uri)
     }
 }
 

@@ -1,10 +1,10 @@
 //! Verdicts of facts already seen, without a lock.
 
-use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
+use foldhash::quality::RandomState;
 
 use super::Facts;
 use super::decision::Decision;
@@ -14,7 +14,7 @@ use super::prepare::Uses;
 const SLOTS: usize = 512;
 
 /// A direct-mapped table: each fact set has one slot, and the last one to use it wins. An attacker who fills it costs
-/// his neighbours one evaluation each, and no memory. Hashes are keyed, so slots cannot be aimed at.
+/// his neighbours one evaluation each, and no memory. Hashes are keyed, so slots are hard to aim at.
 #[derive(Debug)]
 pub(super) struct DecisionCache {
     uses: Uses,
@@ -31,7 +31,7 @@ struct Entry {
 
 impl DecisionCache {
     pub(super) fn new(uses: Uses) -> Self {
-        Self { uses, hashing: RandomState::new(), slots: OnceLock::new() }
+        Self { uses, hashing: RandomState::default(), slots: OnceLock::new() }
     }
 
     /// The decision for these (canonical) facts, evaluated if it is not here.

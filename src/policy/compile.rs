@@ -49,6 +49,9 @@ pub(super) struct Layer {
     enforces_allow: bool,
     /// The first policy that cannot be enforced.
     unenforceable: Option<usize>,
+    /// How many rules there are, and what they look at.
+    rules: usize,
+    uses: Uses,
 }
 
 impl Layer {
@@ -63,6 +66,8 @@ impl Layer {
             dry_run_allow: index(Action::Allow, true),
             allow: index(Action::Allow, false),
             enforces_allow: policies.iter().any(|policy| enforced(policy) && policy.authorization.action == Action::Allow),
+            rules: policies.iter().map(|policy| policy.rules.len()).sum(),
+            uses: policies.iter().fold(Uses::default(), |uses, policy| uses.or(policy.uses)),
             unenforceable: policies.iter().position(|policy| enforced(policy) && policy.problem().is_some()),
             policies,
         }
@@ -81,8 +86,7 @@ impl Layer {
 impl Compiled {
     pub(super) fn new(global: Option<Arc<Layer>>, namespace: Option<Arc<Layer>>, selected: Option<Arc<Layer>>, unknown: Vec<Text>) -> Self {
         let mut compiled = Self { global, namespace, selected, unknown, decisions: Decisions::Evaluated };
-        let policies = compiled.layers().flat_map(|layer| &layer.policies);
-        let (rules, uses) = policies.fold((0, Uses::default()), |(rules, uses), policy| (rules + policy.rules.len(), uses.or(policy.uses)));
+        let (rules, uses) = compiled.layers().fold((0, Uses::default()), |(rules, uses), layer| (rules + layer.rules, uses.or(layer.uses)));
         compiled.decisions = match rules {
             0 => Decisions::Constant(Arc::new(compiled.evaluate(&Facts::anything()))),
             1..=FEW => Decisions::Evaluated,

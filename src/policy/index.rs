@@ -6,12 +6,12 @@
 //! what is found in full. Rules without such words (only negations) are evaluated always. Drawers are found by the hash of
 //! their word: a collision costs one evaluation more and nothing else.
 
-use std::collections::hash_map::RandomState;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
 use ipnet::IpNet;
 
 use super::prepare::{Prepared, Subject, canonical_net};
@@ -28,7 +28,7 @@ pub(super) struct RuleIndex {
     /// Rules that are evaluated always.
     always: Box<[usize]>,
     /// Drawer of a word's hash: first and last + 1 in `filed`.
-    drawers: HashMap<u64, (usize, usize)>,
+    drawers: HashMap<u64, (usize, usize), RandomState>,
     filed: Box<[usize]>,
     /// Which words of the facts have drawers.
     probes: Box<[Probe]>,
@@ -81,12 +81,12 @@ impl RuleIndex {
         if rules.len() <= FEW {
             return Self { always: (0..rules.len()).collect(), rules, ..Self::default() };
         }
-        let hashing = RandomState::new();
+        let hashing = RandomState::default();
         let words_of = |&(policy, rule): &(usize, usize)| {
             let prepared = policies.get(policy)?;
             prepared.authorization.rules.get(prepared.rules.get(rule)?.origin)
         };
-        let mut popularity: HashMap<u64, usize> = HashMap::new();
+        let mut popularity: HashMap<u64, usize, RandomState> = HashMap::default();
         for found in rules.iter().filter_map(words_of).flat_map(|rule| &rule.clauses).flat_map(|clause| &clause.matches) {
             each_word(found, &mut |_, word| *popularity.entry(hashing.hash_one(word)).or_default() += 1);
         }
@@ -105,7 +105,7 @@ impl RuleIndex {
         }
         filed.sort_unstable();
         filed.dedup();
-        let mut drawers: HashMap<u64, (usize, usize)> = HashMap::new();
+        let mut drawers: HashMap<u64, (usize, usize), RandomState> = HashMap::default();
         for (at, (word, _)) in filed.iter().enumerate() {
             drawers.entry(*word).or_insert((at, at)).1 = at + 1;
         }
@@ -222,7 +222,7 @@ impl Probe {
             Self::Text(field, comparison, length) => {
                 let identity = subject.identity?;
                 let value = match field {
-                    Field::Principal => subject.principal.as_str(),
+                    Field::Principal => subject.principal,
                     Field::Namespace => identity.namespace().as_str(),
                 };
                 let part = match comparison {

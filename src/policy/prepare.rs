@@ -17,8 +17,8 @@ const FEW: usize = 8;
 /// The facts of one connection with what matching needs of them; addresses are canonical.
 pub(super) struct Subject<'a> {
     pub(super) identity: Option<&'a SpiffeId>,
-    /// [`SpiffeId::principal`], made once per evaluation.
-    pub(super) principal: String,
+    /// As policies write it, without the scheme; "" if there is no identity.
+    pub(super) principal: &'a str,
     pub(super) source_ip: IpAddr,
     pub(super) destination_ip: IpAddr,
     pub(super) destination_port: u16,
@@ -29,7 +29,7 @@ impl<'a> Subject<'a> {
     pub(super) fn of(facts: &'a Facts) -> Self {
         Self {
             identity: facts.identity.as_ref(),
-            principal: facts.identity.as_ref().map_or_else(String::new, SpiffeId::principal),
+            principal: facts.identity.as_ref().map_or("", SpiffeId::principal),
             source_ip: facts.source_ip,
             destination_ip: facts.destination_ip,
             destination_port: facts.destination_port,
@@ -194,7 +194,7 @@ impl Check {
             (Set::DestinationIps(nets), _) => nets.contains(subject.destination_ip),
             (_, None) => return self.negated && action == Action::Deny,
             (Set::Namespaces(texts), Some(identity)) => texts.contains(identity.namespace()),
-            (Set::Principals(texts), Some(_)) => texts.contains(&subject.principal),
+            (Set::Principals(texts), Some(_)) => texts.contains(subject.principal),
             (Set::ServiceAccounts(accounts), Some(identity)) => accounts
                 .binary_search_by(|account| {
                     (account.namespace.as_str(), account.service_account.as_str()).cmp(&(identity.namespace(), identity.service_account()))

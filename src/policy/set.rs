@@ -141,6 +141,20 @@ impl PolicySet {
         self.policies.is_empty()
     }
 
+    /// Files the rules of scopes that somebody compiled from the set `before` and that have changed since, so that whoever compiles first need not:
+    /// 10,000 policies of 10 rules take 80 ms. To be called before a set is shown to those who must not wait.
+    pub fn prepare(&self, before: &Self) {
+        let stale = |own: &Scoped, old: &Scoped| own.layer.get().is_none() && old.layer.get().is_some();
+        if stale(&self.global, &before.global) {
+            self.global.layer();
+        }
+        for (namespace, old) in &before.namespaces {
+            if let Some(own) = self.namespaces.get(namespace).filter(|own| stale(own, old)) {
+                own.layer();
+            }
+        }
+    }
+
     /// The policies that apply to a workload of `namespace` which names `names` (`namespace/name` each): all global ones, those
     /// of its namespace, and the named ones. Names that are not known deny until they are.
     ///
@@ -211,5 +225,32 @@ impl Eq for PolicySet {}
 impl fmt::Debug for PolicySet {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_set().entries(self.iter()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Action;
+
+    #[test]
+    fn scopes_that_somebody_uses_are_filed_before_a_changed_set_is_shown() {
+        let policy = |name: &str, namespace: &str, scope| Authorization::new(name, namespace, scope, Action::Allow, Vec::new());
+        let mut before = PolicySet::new();
+        for namespace in ["used", "unused"] {
+            before.insert(policy("one", namespace, Scope::Namespace));
+        }
+        before.insert(policy("all", "root", Scope::Global));
+        drop(before.compile("used", &[]));
+        let mut after = before.clone();
+        for namespace in ["used", "unused"] {
+            after.insert(policy("two", namespace, Scope::Namespace));
+        }
+        after.insert(policy("more", "root", Scope::Global));
+        let filed = |set: &PolicySet| [&set.global, &set.namespaces["used"], &set.namespaces["unused"]].map(|scoped| scoped.layer.get().is_some());
+        assert_eq!(filed(&after), [false; 3]);
+        after.prepare(&before);
+        assert_eq!(filed(&after), [true, true, false], "what nobody uses waits until somebody does");
+        assert_eq!(after.compile("used", &[]).policies().count(), 4);
     }
 }
