@@ -21,7 +21,7 @@ fn workload(uid: &str, name: &str) -> Workload {
     Workload {
         uid: uid.into(),
         name: name.into(),
-        addresses: Vec::new(),
+        addresses: Default::default(),
         node: "here".into(),
         hostname: Text::default(),
         status: Default::default(),
@@ -101,6 +101,33 @@ fn a_subscriber_is_woken_only_by_what_comes_after_it() {
     assert_eq!(updates.borrow().epoch, 1);
     publisher.publish([Edit::Workload(workload("u", "b"))]);
     assert!(updates.has_changed().unwrap());
+}
+
+#[test]
+fn who_looks_at_this_node_only_is_woken_by_its_workloads_and_by_policies() {
+    let (mut publisher, mesh) = Publisher::new(Some("here".into()));
+    let elsewhere = |uid: &str, node: &str| Edit::Workload(Workload { node: node.into(), ..workload(uid, "a") });
+    let mut updates = mesh.subscribe_local();
+    for (edit, wakes) in [
+        (elsewhere("u", "there"), false),
+        (Edit::Service(service("shop")), false),
+        (elsewhere("u", "here"), true),
+        (Edit::Workload(Workload { capacity: 7, ..workload("u", "a") }), true),
+        (elsewhere("v", "there"), false),
+        (Edit::Policy(deny_all()), true),
+        (Edit::RemovePolicy("shop/none".into()), true),
+        (elsewhere("u", "there"), true),
+        (Edit::Remove("u".into()), false),
+    ] {
+        let (shown, before) = (format!("{edit:?}"), mesh.current());
+        assert!(publisher.publish([edit]));
+        let after = mesh.current();
+        assert_eq!(updates.has_changed().unwrap(), wakes, "{shown}");
+        assert_eq!(after.local_epoch, if wakes { after.epoch } else { before.local_epoch }, "{shown}");
+        if wakes {
+            assert!(Arc::ptr_eq(&updates.borrow_and_update(), &after));
+        }
+    }
 }
 
 #[tokio::test]

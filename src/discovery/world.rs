@@ -22,6 +22,8 @@ pub struct World {
     pub policies: PolicySet,
     /// Counts the worlds of one publisher, from 0 for the empty one.
     pub epoch: u64,
+    /// The epoch in which policies or workloads of the local node changed last: what is derived from these alone is still right.
+    pub local_epoch: u64,
 }
 
 /// The three names by which a pod and its workload find each other (reference, dataplane §12.1 row 22).
@@ -46,6 +48,7 @@ impl fmt::Display for LocalName {
 pub struct Mesh {
     current: Arc<ArcSwap<World>>,
     updates: watch::Receiver<Arc<World>>,
+    local_updates: watch::Receiver<Arc<World>>,
     fixed: bool,
     /// Where to ask for what is not there, if the source tells only what it is asked.
     demand: Option<Demand>,
@@ -118,10 +121,19 @@ impl Mesh {
         updates
     }
 
+    /// [`Mesh::subscribe`] for who looks only at policies and at workloads of the local node: in a large mesh nearly every change is elsewhere, and
+    /// not worth a wake-up of each pod. The world in it is the last in which these changed.
+    #[must_use]
+    pub fn subscribe_local(&self) -> watch::Receiver<Arc<World>> {
+        let mut updates = self.local_updates.clone();
+        updates.mark_unchanged();
+        updates
+    }
+
     /// The workload of a pod on this node, waiting up to `limit` for it to become known: the pod may start before the mesh
     /// hears of it. `None` after that time, or when no further world can come.
     pub async fn wait_for_local(&self, name: &LocalName, limit: Duration) -> Option<Arc<Workload>> {
-        let mut updates = self.subscribe();
+        let mut updates = self.subscribe_local();
         let found = async {
             loop {
                 let found = updates.borrow_and_update().snapshot.local_workload(&name.name, &name.namespace, &name.service_account);
@@ -164,6 +176,7 @@ pub enum Edit {
 pub struct Publisher {
     current: Arc<ArcSwap<World>>,
     updates: watch::Sender<Arc<World>>,
+    local_updates: watch::Sender<Arc<World>>,
 }
 
 impl Publisher {
@@ -177,8 +190,10 @@ impl Publisher {
         }
         let world = Arc::new(World { snapshot: snapshot.build(), ..World::default() });
         let current = Arc::new(ArcSwap::new(Arc::clone(&world)));
+        let (local_updates, local_receiver) = watch::channel(Arc::clone(&world));
         let (updates, receiver) = watch::channel(world);
-        (Self { current: Arc::clone(&current), updates }, Mesh { current, updates: receiver, fixed: false, demand: None })
+        let mesh = Mesh { current: Arc::clone(&current), updates: receiver, local_updates: local_receiver, fixed: false, demand: None };
+        (Self { current, updates, local_updates }, mesh)
     }
 
     /// [`Publisher::new`] for a static source.
@@ -204,16 +219,25 @@ impl Publisher {
     /// A world to be, which begins as the one published last.
     pub(super) fn draft(&self) -> Draft {
         let last = self.current();
-        Draft { snapshot: last.snapshot.edit(), policies: last.policies.clone(), changed: false }
+        Draft { snapshot: last.snapshot.edit(), policies: last.policies.clone(), changed: false, policies_changed: false }
     }
 
     /// Publishes a draft of the world published last, if it differs; says whether it does.
     pub(super) fn publish_draft(&mut self, draft: Draft) -> bool {
-        let Draft { snapshot, policies, changed } = draft;
+        let Draft { snapshot, policies, changed, policies_changed } = draft;
         if changed {
-            let world = Arc::new(World { snapshot: snapshot.build(), policies, epoch: self.current().epoch + 1 });
+            let last = self.current();
+            if policies_changed {
+                policies.prepare(&last.policies);
+            }
+            let (epoch, local) = (last.epoch + 1, policies_changed || snapshot.local_changed());
+            let world = World { snapshot: snapshot.build(), policies, epoch, local_epoch: if local { epoch } else { last.local_epoch } };
+            let world = Arc::new(world);
             // In this order, so that whoever is woken finds the new world by either way.
             self.current.store(Arc::clone(&world));
+            if local {
+                self.local_updates.send_replace(Arc::clone(&world));
+            }
             self.updates.send_replace(world);
         }
         changed
@@ -221,13 +245,16 @@ impl Publisher {
 
     /// Resolves when the last [`Mesh`] and the last subscriber are gone.
     pub async fn abandoned(&self) {
-        self.updates.closed().await;
+        self.abandonment().await;
     }
 
     /// [`Publisher::abandoned`], for whoever does not have the publisher at hand.
     pub(super) fn abandonment(&self) -> impl Future<Output = ()> + Send + 'static {
-        let updates = self.updates.clone();
-        async move { updates.closed().await }
+        let (updates, local_updates) = (self.updates.clone(), self.local_updates.clone());
+        async move {
+            updates.closed().await;
+            local_updates.closed().await;
+        }
     }
 }
 
@@ -237,12 +264,14 @@ pub(super) struct Draft {
     snapshot: SnapshotBuilder,
     policies: PolicySet,
     changed: bool,
+    policies_changed: bool,
 }
 
 impl Draft {
     /// Later edits of a key win.
     pub(super) fn apply(&mut self, edit: Edit) {
-        self.changed |= match edit {
+        let policies = matches!(edit, Edit::Policy(_) | Edit::RemovePolicy(_));
+        let changed = match edit {
             Edit::Workload(workload) => self.snapshot.put_workload(workload),
             Edit::Service(service) => self.snapshot.put_service(service),
             Edit::Remove(name) => self.snapshot.remove(&name),
@@ -255,5 +284,7 @@ impl Draft {
             }
             Edit::RemovePolicy(key) => self.policies.remove(&key),
         };
+        self.changed |= changed;
+        self.policies_changed |= changed && policies;
     }
 }

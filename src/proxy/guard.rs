@@ -36,6 +36,7 @@ struct Source {
 /// What one world says about the workload.
 #[derive(Default)]
 struct State {
+    /// [`World::local_epoch`].
     epoch: u64,
     /// `None` until the workload is known for the first time.
     applied: Option<Applied>,
@@ -80,7 +81,7 @@ impl Source {
         let world = self.mesh.current();
         let last = {
             let state = self.state.borrow();
-            if state.epoch >= world.epoch {
+            if state.epoch >= world.local_epoch {
                 return;
             }
             state.applied.as_ref().map(|applied| applied.workload.clone())
@@ -88,10 +89,10 @@ impl Source {
         let next = Applied::derive(&world, &self.name, last);
         let changed = self.state.send_if_modified(|state| {
             // Somebody else may have been here with a later world.
-            if state.epoch >= world.epoch {
+            if state.epoch >= world.local_epoch {
                 return false;
             }
-            state.epoch = world.epoch;
+            state.epoch = world.local_epoch;
             let changed = next.as_ref().is_some_and(|next| next.differs(state.applied.as_ref()));
             state.applied = next;
             changed
@@ -106,7 +107,7 @@ impl Guard {
     /// Starts to derive the policy of the pod called `name`, which binds `connections`.
     pub(super) fn derive(mesh: &Mesh, name: LocalName, connections: Arc<ConnectionTable>) -> (Self, Derivation) {
         // Before the first look, so that no world falls between.
-        let mut worlds = mesh.subscribe();
+        let mut worlds = mesh.subscribe_local();
         let guard = Self(Arc::new(Source { mesh: mesh.clone(), name, state: watch::Sender::new(State::default()), connections }));
         guard.0.catch_up();
         let source = guard.0.clone();

@@ -7,19 +7,27 @@ use crate::discovery::Mesh;
 use crate::identity::Credentials;
 use crate::model::{SpiffeId, TunnelProtocol};
 
+/// Without the name of the node every workload counts as one of this node. That is right for a machine of its own, and not for a mesh: beyond so
+/// many workloads nothing is fetched ahead then, and nothing forgotten.
+const UNNAMED: usize = 1024;
+
 /// Follows the mesh for ever, also one that can no longer change. Only workloads of this node that take HBONE count.
 pub async fn prefetch_certificates(mesh: Mesh, credentials: Credentials) {
-    let mut worlds = mesh.subscribe();
+    let mut worlds = mesh.subscribe_local();
     let mut known = HashSet::new();
     loop {
-        let wanted = local_identities(&worlds.borrow_and_update());
-        for identity in wanted.difference(&known) {
-            credentials.prefetch(identity.clone());
+        let world = worlds.borrow_and_update().clone();
+        if world.snapshot.local_node().is_some() || world.snapshot.workload_count() <= UNNAMED {
+            let wanted = local_identities(&world);
+            for identity in wanted.difference(&known) {
+                credentials.prefetch(identity.clone());
+            }
+            for identity in known.difference(&wanted) {
+                credentials.forget(identity);
+            }
+            known = wanted;
         }
-        for identity in known.difference(&wanted) {
-            credentials.forget(identity);
-        }
-        known = wanted;
+        drop(world);
         if worlds.changed().await.is_err() {
             // A mesh that is given as text has no publisher: what it says stays.
             return std::future::pending().await;
