@@ -14,7 +14,9 @@ const KEEP: libc::ssize_t = 1000;
 /// # Errors
 /// When the allocator cannot start a thread, or is built without that.
 pub fn return_while_idle() -> io::Result<()> {
+    // The arenas that threads will have, and the one that this thread has.
     set(c"arenas.dirty_decay_ms", KEEP)?;
+    set(c"arena.0.dirty_decay_ms", KEEP)?;
     set(c"background_thread", true)
 }
 

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proptest::prelude::*;
 use rcgen::{
@@ -271,4 +271,29 @@ fn every_family_has_samples_from_the_start() {
     ] {
         assert!(page.lines().any(|line| line == sample), "{sample} is not in\n{page}");
     }
+}
+
+/// The figures of a release build are in the module's documentation.
+#[test]
+fn a_long_list_costs_a_handshake_no_more_than_a_short_one() {
+    let ca = Ca::new();
+    let serial = |number: u32| [&[1; 12][..], &number.to_be_bytes()].concat();
+    let (free, trust) = (ca.leaf(&serial(1 << 20)), ca.trust());
+    let [short, long] = [10, 10_000].map(|entries| {
+        let encoded = ca.list(&(0..entries).map(serial).collect::<Vec<_>>());
+        let begun = Instant::now();
+        let lists = Lists::parse(encoded.der()).unwrap();
+        println!("{entries} entries: read in {:?}", begun.elapsed());
+        assert!(lists.revoke((&ca.leaf(&serial(7)), &[]), &trust, now()) && lists.revoked() == entries as usize);
+        // The best of several turns: other work of the machine does not count.
+        let turn = |_| {
+            let begun = Instant::now();
+            (0..200).for_each(|_| assert!(!lists.revoke((&free, &[]), &trust, now())));
+            begun.elapsed() / 200
+        };
+        let best = (0..10).map(turn).min().unwrap();
+        println!("{entries} entries: {best:?} a chain");
+        best
+    });
+    assert!(long < short * 3 + Duration::from_micros(5), "{long:?} with 10,000 entries, {short:?} with 10");
 }
