@@ -37,7 +37,7 @@ fn workload(index: u32) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/{}/{name}", key.namespace).into(),
         name: name.as_str().into(),
-        addresses: vec![pod_ip(index)],
+        addresses: pod_ip(index).into(),
         node: format!("node-{}", index % 1000).into(),
         hostname: "".into(),
         status: HealthStatus::Healthy,

@@ -17,7 +17,7 @@ pub(super) fn workload(row: &Workload) -> wire::Workload {
     let locality = &profile.locality;
     let somewhere = [&locality.region, &locality.zone, &locality.subzone].iter().any(|part| !part.is_empty());
     wire::Workload {
-        name: text(&row.name),
+        name: row.name.as_str().to_owned(),
         namespace: text(&profile.namespace),
         addresses: row.addresses.iter().copied().map(octets).collect(),
         network: text(&profile.network),

@@ -82,7 +82,7 @@ mod tests {
         Edit::Workload(Workload {
             uid: uid.into(),
             name: "n".into(),
-            addresses: Vec::new(),
+            addresses: Default::default(),
             node: "left".into(),
             hostname: "".into(),
             status: Default::default(),

@@ -1,11 +1,11 @@
 //! The answers of a streaming call.
 //!
-//! tonic's own reader keeps the memory of the largest answer as long as the stream lives, and the first answer of a control plane is the whole
-//! mesh. This one gives it back.
+//! tonic's own reader gathers an answer in one piece of memory, which it keeps as long as the stream lives, and the first answer of a control
+//! plane is the whole mesh. This one leaves an answer in the pieces in which it came, and they go with what was decoded of them.
 
 use std::marker::PhantomData;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Buf;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::BodyExt;
@@ -13,16 +13,16 @@ use hyper::body::Incoming;
 use prost::Message;
 use tonic::{Code, Status};
 
+use super::pieces::Pieces;
+
 /// Compressed flag and length.
 const PREFIX: usize = 5;
-/// Beyond this, memory is taken only as the message comes: a length alone must not cost anything.
-const FIRST_ROOM: usize = 1 << 20;
 
 /// Messages as they come. Dropping it ends the call.
 #[derive(Debug)]
 pub struct Answers<A> {
     body: Incoming,
-    received: BytesMut,
+    received: Pieces,
     /// Bytes of the message that is coming.
     expected: Option<usize>,
     limit: usize,
@@ -52,7 +52,7 @@ impl<A: Message + Default> Answers<A> {
             )));
         }
         let body = response.into_body();
-        Ok(Self { body, received: BytesMut::new(), expected: None, limit, end, kind: PhantomData })
+        Ok(Self { body, received: Pieces::default(), expected: None, limit, end, kind: PhantomData })
     }
 
     /// The next message; `None` at a good end. Nothing is lost if the future is dropped.
@@ -70,7 +70,7 @@ impl<A: Message + Default> Answers<A> {
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => self.received.extend_from_slice(&data),
+                    Ok(data) => self.received.push(data),
                     Err(frame) => self.end = Some(self.ended(frame.trailers_ref().and_then(Status::from_header_map))),
                 },
                 Some(Err(error)) => self.end = Some(Some(Status::unknown(format!("the connection broke: {}", chain(&error))))),
@@ -83,7 +83,7 @@ impl<A: Message + Default> Answers<A> {
     fn ended(&self, status: Option<Status>) -> Option<Status> {
         match status {
             Some(status) if status.code() != Code::Ok => Some(status),
-            _ if self.expected.is_some() || !self.received.is_empty() => Some(Status::internal("the call ended within a message")),
+            _ if self.expected.is_some() || self.received.has_remaining() => Some(Status::internal("the call ended within a message")),
             Some(_) => None,
             None => Some(Status::unknown("the call ended without a status")),
         }
@@ -93,7 +93,7 @@ impl<A: Message + Default> Answers<A> {
     fn taken(&mut self) -> Result<Option<A>, Status> {
         let length = match self.expected {
             Some(length) => length,
-            None if self.received.len() < PREFIX => return Ok(None),
+            None if self.received.remaining() < PREFIX => return Ok(None),
             None => {
                 if self.received.get_u8() != 0 {
                     return Err(self.broken(Status::internal("a compressed message, which was not asked for")));
@@ -103,27 +103,21 @@ impl<A: Message + Default> Answers<A> {
                     let limit = self.limit;
                     return Err(self.broken(Status::out_of_range(format!("a message of {length} bytes; the limit is {limit}"))));
                 }
-                self.received.reserve(length.saturating_sub(self.received.len()).min(FIRST_ROOM));
                 self.expected = Some(length);
                 length
             }
         };
-        if self.received.len() < length {
+        if self.received.remaining() < length {
             return Ok(None);
         }
         self.expected = None;
-        let message = self.received.split_to(length).freeze();
-        if length > FIRST_ROOM {
-            // What is left moves to memory of its own.
-            self.received = BytesMut::from(&self.received[..]);
-        }
-        let decoded = A::decode(Bytes::clone(&message));
+        let decoded = A::decode((&mut self.received).take(length));
         decoded.map(Some).map_err(|error| self.broken(Status::internal(format!("not the message that was expected: {error}"))))
     }
 
     /// Nothing after this can be read.
     fn broken(&mut self, status: Status) -> Status {
-        self.received = BytesMut::new();
+        self.received = Pieces::default();
         self.end = Some(Some(status.clone()));
         status
     }

@@ -10,6 +10,7 @@ mod answers;
 mod connection;
 mod dial;
 mod files;
+mod pieces;
 mod trust;
 
 use std::path::PathBuf;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::str::FromStr;
 
 use super::Text;
@@ -37,6 +38,96 @@ pub struct NetworkAddress {
 impl fmt::Display for NetworkAddress {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}/{}", self.network, self.ip)
+    }
+}
+
+/// The addresses of a workload, in order. Most have one, which then needs no memory of its own.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Addresses(Few);
+
+#[derive(Clone, PartialEq, Eq)]
+enum Few {
+    One(IpAddr),
+    /// None, or more than one.
+    Many(Box<[IpAddr]>),
+}
+
+impl Addresses {
+    /// Each address once, and as [`canonical`] makes it.
+    pub(super) fn into_canonical(self) -> Self {
+        let mut list = Vec::new();
+        match self.0 {
+            Few::One(ip) => return Self(Few::One(canonical(ip))),
+            Few::Many(all) if all.is_empty() => return Self::default(),
+            Few::Many(all) => {
+                for ip in all {
+                    let ip = canonical(ip);
+                    if !list.contains(&ip) {
+                        list.push(ip);
+                    }
+                }
+            }
+        }
+        list.into()
+    }
+}
+
+impl Default for Addresses {
+    fn default() -> Self {
+        Self(Few::Many(Box::default()))
+    }
+}
+
+impl Deref for Addresses {
+    type Target = [IpAddr];
+
+    fn deref(&self) -> &[IpAddr] {
+        match &self.0 {
+            Few::One(ip) => std::slice::from_ref(ip),
+            Few::Many(all) => all,
+        }
+    }
+}
+
+impl From<IpAddr> for Addresses {
+    fn from(ip: IpAddr) -> Self {
+        Self(Few::One(ip))
+    }
+}
+
+impl From<Vec<IpAddr>> for Addresses {
+    fn from(list: Vec<IpAddr>) -> Self {
+        match list[..] {
+            [ip] => ip.into(),
+            _ => Self(Few::Many(list.into())),
+        }
+    }
+}
+
+impl FromIterator<IpAddr> for Addresses {
+    fn from_iter<I: IntoIterator<Item = IpAddr>>(list: I) -> Self {
+        list.into_iter().collect::<Vec<_>>().into()
+    }
+}
+
+impl<'a> IntoIterator for &'a Addresses {
+    type Item = &'a IpAddr;
+    type IntoIter = std::slice::Iter<'a, IpAddr>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl<const N: usize> PartialEq<[IpAddr; N]> for Addresses {
+    fn eq(&self, other: &[IpAddr; N]) -> bool {
+        **self == other[..]
+    }
+}
+
+impl fmt::Debug for Addresses {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, formatter)
     }
 }
 

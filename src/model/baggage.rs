@@ -140,13 +140,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{HealthStatus, Locality, Profile};
+    use crate::model::{Addresses, HealthStatus, Locality, Profile};
 
     fn workload() -> Workload {
         Workload {
             uid: "u".into(),
             name: "web-0".into(),
-            addresses: vec![],
+            addresses: Addresses::default(),
             node: "n".into(),
             hostname: Text::default(),
             status: HealthStatus::Healthy,

@@ -10,7 +10,7 @@ mod spiffe;
 mod text;
 mod workload;
 
-pub use address::{Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
+pub use address::{Addresses, Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
 pub use baggage::Baggage;
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,
@@ -18,7 +18,7 @@ pub use service::{
 };
 pub use snapshot::{Located, Snapshot, SnapshotBuilder};
 pub use spiffe::{SpiffeError, SpiffeId};
-pub use text::Text;
+pub use text::{Ending, Text};
 pub use workload::{
     ApplicationProtocol, ApplicationTunnel, HealthStatus, KnownIdentity, Locality, NetworkMode, Profile, TunnelProtocol, Workload, WorkloadKind,
 };

@@ -60,7 +60,7 @@ impl Service {
 
 /// Service port to target port, a few entries kept sorted by service port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub struct PortMap(Vec<(u16, u16)>);
+pub struct PortMap(Box<[(u16, u16)]>);
 
 impl PortMap {
     /// The target port of a service port; `Some(0)` is a named port.

@@ -1,11 +1,12 @@
 //! The immutable snapshot of the mesh and its look-ups.
 //!
-//! All tables are persistent trees over hashes (see `index`): a reader holds a pointer and never locks, an edit copies the
-//! few nodes on its path. A row is stored once and every table points at it.
+//! Rows are numbered and kept in a persistent vector (see `table`); every way to find them is a persistent tree from hashes to numbers (see
+//! `index`). A reader holds a pointer and never locks, an edit copies the few nodes on its path.
 
 mod builder;
 mod index;
 mod intern;
+mod table;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use ipnet::IpNet;
 pub use self::builder::SnapshotBuilder;
 use self::index::Index;
 use self::intern::Interner;
+use self::table::{Id, Table};
 use super::{HealthStatus, NamespacedHostname, PortMap, Service, Text, TunnelProtocol, Visibility, Workload, canonical};
 
 /// Everything known about workloads and services at one moment. Cheap to clone; never changes.
@@ -41,24 +43,26 @@ pub enum Located {
 struct Tables {
     seed: RandomState,
     local_node: Option<Text>,
+    workloads: Table<Arc<Workload>>,
     /// By uid.
-    workloads: Index<Arc<Workload>>,
+    by_uid: Index,
     /// By network and address, without host-network workloads.
-    by_address: Index<Arc<Workload>>,
+    by_address: Index,
     /// By namespace and host name, where there is one.
-    by_hostname: Index<Arc<Workload>>,
-    /// Workloads of the local node by namespace and name.
-    local: Index<Arc<Workload>>,
+    by_hostname: Index,
+    /// Workloads of the local node by namespace and name; not kept if every workload is one.
+    local: Index,
     /// Workloads by (service key, uid), whether or not the service is known: staging needs no second table.
-    members: Index<Arc<Workload>>,
+    members: Index,
+    services: Table<Arc<Service>>,
     /// By namespace and host name.
-    services: Index<Arc<Service>>,
+    by_key: Index,
     /// By host name, one per namespace.
-    service_hosts: Index<Arc<Service>>,
+    service_hosts: Index,
     /// By network and exact address.
-    vips: Index<Arc<Service>>,
+    vips: Index,
     /// By network and prefix.
-    ranges: Index<Arc<Service>>,
+    ranges: Index,
     /// Which prefix lengths occur in `ranges` (IPv6?, length), and how often.
     range_lengths: OrdMap<(bool, u8), u32>,
     interner: Interner,
@@ -68,7 +72,7 @@ impl Snapshot {
     /// A workload by its uid.
     #[must_use]
     pub fn workload(&self, uid: &str) -> Option<Arc<Workload>> {
-        self.0.workload(uid).cloned()
+        self.0.workload(uid).map(|(_, workload)| workload.clone())
     }
 
     /// The workload that owns an address. Addresses may overlap; a pod that takes HBONE wins over a pod, over another that
@@ -76,7 +80,7 @@ impl Snapshot {
     #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<Arc<Workload>> {
         let wanted = bits(ip);
-        let rows = self.0.by_address.rows(self.0.hash_address(network, wanted));
+        let rows = self.0.workloads_of(self.0.by_address.rows(self.0.hash_address(network, wanted)));
         let claims = |workload: &Workload| workload.addresses.iter().any(|own| bits(*own) == wanted);
         let owners = rows.filter(|workload| claims(workload) && workload.profile.network == *network);
         owners.reduce(|best, other| if address_rank(other) > address_rank(best) { other } else { best }).cloned()
@@ -85,7 +89,7 @@ impl Snapshot {
     /// The workload of a pod: (name, namespace, service account) on the local node.
     #[must_use]
     pub fn local_workload(&self, name: &str, namespace: &str, service_account: &str) -> Option<Arc<Workload>> {
-        let rows = self.0.local.rows(self.0.hash_pair(namespace, name));
+        let rows = self.0.workloads_of(self.0.local.rows(self.0.hash_pair(namespace, name)));
         let ours = |workload: &&Arc<Workload>| {
             let profile = &workload.profile;
             workload.name == *name && profile.namespace == *namespace && profile.service_account == *service_account
@@ -95,13 +99,25 @@ impl Snapshot {
 
     /// All workloads of the local node, in no order.
     pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> + '_ {
-        self.0.local.iter()
+        self.0.workloads_of(self.0.local.iter())
+    }
+
+    /// The local node, if its name is known.
+    #[must_use]
+    pub fn local_node(&self) -> Option<&Text> {
+        self.0.local_node.as_ref()
+    }
+
+    /// How many workloads there are.
+    #[must_use]
+    pub fn workload_count(&self) -> usize {
+        self.0.workloads.len()
     }
 
     /// A service by its key.
     #[must_use]
     pub fn service(&self, key: &NamespacedHostname) -> Option<Arc<Service>> {
-        self.0.service(&key.namespace, &key.hostname).cloned()
+        self.0.service(&key.namespace, &key.hostname).map(|(_, service)| service.clone())
     }
 
     /// The best service of a virtual address for a client namespace (reference, dataplane §3.2): of those with exactly this
@@ -110,7 +126,7 @@ impl Snapshot {
     #[must_use]
     pub fn service_by_address(&self, network: &str, ip: IpAddr, client_namespace: Option<&str>) -> Option<Arc<Service>> {
         let wanted = bits(ip);
-        let exact = self.0.vips.rows(self.0.hash_address(network, wanted));
+        let exact = self.0.services_of(self.0.vips.rows(self.0.hash_address(network, wanted)));
         let exact = exact.filter(|service| service.vips.iter().any(|vip| bits(vip.ip) == wanted && vip.network == *network));
         if let Some(service) = best(exact.map(|service| (0, service)), client_namespace) {
             return Some(service);
@@ -122,7 +138,7 @@ impl Snapshot {
         let lengths = self.0.range_lengths.keys().filter(|(v6, _)| *v6 == ip.is_ipv6());
         let prefixes = lengths.filter_map(|(_, length)| IpNet::new(ip, *length).ok()).map(|prefix| prefix.trunc());
         let containing = prefixes.flat_map(|prefix| {
-            let rows = self.0.ranges.rows(self.0.hash_prefix(network, prefix));
+            let rows = self.0.services_of(self.0.ranges.rows(self.0.hash_prefix(network, prefix)));
             rows.filter(move |service| service.cidr_vips.iter().any(|(on, range)| *range == prefix && *on == *network))
                 .map(move |service| (prefix.prefix_len(), service))
         });
@@ -133,12 +149,12 @@ impl Snapshot {
     #[must_use]
     pub fn services_by_address(&self, network: &str, ip: IpAddr) -> Vec<Arc<Service>> {
         let (wanted, ip) = (bits(ip), canonical(ip));
-        let exact = self.0.vips.rows(self.0.hash_address(network, wanted));
+        let exact = self.0.services_of(self.0.vips.rows(self.0.hash_address(network, wanted)));
         let exact = exact.filter(|service| service.vips.iter().any(|vip| bits(vip.ip) == wanted && vip.network == *network));
         let mut found: Vec<Arc<Service>> = exact.cloned().collect();
         for (_, length) in self.0.range_lengths.keys().filter(|(v6, _)| *v6 == ip.is_ipv6()) {
             let Ok(prefix) = IpNet::new(ip, *length).map(|prefix| prefix.trunc()) else { continue };
-            let rows = self.0.ranges.rows(self.0.hash_prefix(network, prefix));
+            let rows = self.0.services_of(self.0.ranges.rows(self.0.hash_prefix(network, prefix)));
             found.extend(rows.filter(|service| service.cidr_vips.iter().any(|(on, range)| *range == prefix && *on == *network)).cloned());
         }
         found
@@ -152,13 +168,13 @@ impl Snapshot {
 
     /// Every service of a host name, at most one per namespace, in no order.
     pub fn services_by_hostname<'a>(&'a self, hostname: &'a str) -> impl Iterator<Item = &'a Arc<Service>> {
-        self.0.service_hosts.rows(self.0.hash(hostname)).filter(move |service| service.hostname == *hostname)
+        self.0.services_of(self.0.service_hosts.rows(self.0.hash(hostname))).filter(move |service| service.hostname == *hostname)
     }
 
     /// A workload by namespace and host name.
     #[must_use]
     pub fn workload_by_hostname(&self, key: &NamespacedHostname) -> Option<Arc<Workload>> {
-        let rows = self.0.by_hostname.rows(self.0.hash_pair(&key.namespace, &key.hostname));
+        let rows = self.0.workloads_of(self.0.by_hostname.rows(self.0.hash_pair(&key.namespace, &key.hostname)));
         let named = |workload: &&Arc<Workload>| workload.hostname == key.hostname && workload.profile.namespace == key.namespace;
         rows.filter(named).min_by_key(|workload| &workload.uid).cloned()
     }
@@ -173,14 +189,14 @@ impl Snapshot {
     /// The endpoints of a service by its key, filtered by its health policy; none while the service is not known.
     pub fn endpoints<'a>(&'a self, key: &NamespacedHostname) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + use<'a> {
         let service = self.0.service(&key.namespace, &key.hostname);
-        service.into_iter().flat_map(|service| self.endpoints_of(service))
+        service.into_iter().flat_map(|(_, service)| self.endpoints_of(service))
     }
 
     /// The endpoints of a service, filtered by its health policy, each with its own service port to target port.
     pub fn endpoints_of<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = (&'a Arc<Workload>, &'a PortMap)> + use<'a> {
         let all = service.allows_unhealthy();
         let key = self.0.hash_pair(&service.namespace, &service.hostname);
-        self.0.members.under(key).filter_map(move |workload| {
+        self.0.workloads_of(self.0.members.under(key)).filter_map(move |workload| {
             let backed = |(key, _): &&(NamespacedHostname, PortMap)| key.hostname == service.hostname && key.namespace == service.namespace;
             let (_, ports) = workload.profile.services.iter().find(backed)?;
             (all || workload.status == HealthStatus::Healthy).then_some((workload, ports))
@@ -213,13 +229,22 @@ impl Snapshot {
 }
 
 impl Tables {
-    fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.rows(self.hash(uid)).find(|workload| workload.uid == *uid)
+    fn workload(&self, uid: &str) -> Option<(Id, &Arc<Workload>)> {
+        let mut rows = self.by_uid.rows(self.hash(uid)).filter_map(|id| Some((id, self.workloads.get(id)?)));
+        rows.find(|(_, workload)| workload.uid == *uid)
     }
 
-    fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
-        let mut rows = self.services.rows(self.hash_pair(namespace, hostname));
-        rows.find(|service| service.namespace == *namespace && service.hostname == *hostname)
+    fn service(&self, namespace: &str, hostname: &str) -> Option<(Id, &Arc<Service>)> {
+        let mut rows = self.by_key.rows(self.hash_pair(namespace, hostname)).filter_map(|id| Some((id, self.services.get(id)?)));
+        rows.find(|(_, service)| service.namespace == *namespace && service.hostname == *hostname)
+    }
+
+    fn workloads_of(&self, ids: impl Iterator<Item = Id>) -> impl Iterator<Item = &Arc<Workload>> {
+        ids.filter_map(|id| self.workloads.get(id))
+    }
+
+    fn services_of(&self, ids: impl Iterator<Item = Id>) -> impl Iterator<Item = &Arc<Service>> {
+        ids.filter_map(|id| self.services.get(id))
     }
 
     fn hash(&self, word: &str) -> u64 {
@@ -280,7 +305,7 @@ impl fmt::Debug for Snapshot {
 
 impl fmt::Debug for Tables {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (workloads, services) = (self.workloads.iter().count(), self.services.iter().count());
+        let (workloads, services) = (self.workloads.len(), self.services.len());
         formatter.debug_struct("Snapshot").field("workloads", &workloads).field("services", &services).finish_non_exhaustive()
     }
 }

@@ -1,11 +1,10 @@
 //! Workloads as WDS describes them (reference, dataplane §5.1), in rows small enough for 100,000 of them.
 
 use std::hash::{Hash, Hasher};
-use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use super::service::{GatewayAddress, NamespacedHostname, PortMap};
-use super::{SpiffeError, SpiffeId, Text};
+use super::{Addresses, Ending, SpiffeError, SpiffeId, Text};
 
 /// One workload: what is its own, plus a [`Profile`] that it shares with its siblings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,9 +12,9 @@ pub struct Workload {
     /// Primary key, such as `Kubernetes//Pod/default/web-0`.
     pub uid: Text,
     /// Pod name.
-    pub name: Text,
+    pub name: Ending,
     /// Canonical addresses; empty for workloads that are known by host name or behind a gateway only.
-    pub addresses: Vec<IpAddr>,
+    pub addresses: Addresses,
     /// Name of the node it runs on.
     pub node: Text,
     /// DNS name to resolve on demand when there is no address; "" if none.

@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use super::facts::{ConnectionEnd, ConnectionFacts, PeerFacts, Reporter, ResponseFlag};
-use crate::model::Text;
 
 /// The names of one end that the log shows.
 struct Shown<'a> {
@@ -16,8 +15,8 @@ struct Shown<'a> {
     cluster: Option<&'a str>,
 }
 
-fn known(text: &Text) -> Option<&str> {
-    Some(text.as_str()).filter(|text| !text.is_empty())
+fn known(text: &str) -> Option<&str> {
+    Some(text).filter(|text| !text.is_empty())
 }
 
 impl<'a> Shown<'a> {

@@ -17,7 +17,7 @@ fn workload(name: &str, namespace: &str) -> Arc<Workload> {
     Arc::new(Workload {
         uid: name.into(),
         name: format!("{name}-0").as_str().into(),
-        addresses: vec![],
+        addresses: Default::default(),
         node: "node".into(),
         hostname: "".into(),
         status: HealthStatus::Healthy,

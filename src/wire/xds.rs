@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use prost::Message;
+use bytes::Bytes;
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
+use prost::{DecodeError, Message};
 
 use super::google::{Any, Status, Struct};
 
@@ -68,6 +70,94 @@ pub struct DeltaDiscoveryResponse {
     pub removed_resources: Vec<String>,
 }
 
+/// A [`DeltaDiscoveryResponse`] whose resources are still as they came: the first one of a stream has the whole mesh, and who reads it piece by
+/// piece needs no second copy of it.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct EncodedPush {
+    /// Added and changed, each an encoded [`Resource`].
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub resources: Vec<Bytes>,
+    /// What kind of resource this is about.
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    /// To be given back in the answer.
+    #[prost(string, tag = "5")]
+    pub nonce: String,
+    /// Names of what is gone. Names that never existed are legal.
+    #[prost(string, repeated, tag = "6")]
+    pub removed_resources: Vec<String>,
+}
+
+/// A [`Resource`] that is read where it lies.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResourceView<'a> {
+    /// See [`Resource::version`].
+    pub version: &'a str,
+    /// Type and bytes of [`Resource::resource`].
+    pub content: Option<(&'a str, &'a [u8])>,
+    /// See [`Resource::name`].
+    pub name: &'a str,
+    /// See [`Resource::aliases`].
+    pub aliases: Vec<&'a str>,
+}
+
+impl<'a> ResourceView<'a> {
+    /// Takes and refuses what [`Resource`] takes and refuses, and finds the same in it.
+    ///
+    /// # Errors
+    /// When it is no encoded resource.
+    pub fn read(encoded: &'a [u8]) -> Result<Self, String> {
+        let mut view = Self::default();
+        each_field(encoded, |number, bytes| {
+            match number {
+                1 => view.version = text(bytes)?,
+                2 => {
+                    // Of a message that comes in pieces, the later ones add to it.
+                    let (mut kind, mut value) = view.content.unwrap_or_default();
+                    each_field(bytes, |number, bytes| {
+                        match number {
+                            1 => kind = text(bytes)?,
+                            2 => value = bytes,
+                            _ => return Ok(false),
+                        }
+                        Ok(true)
+                    })?;
+                    view.content = Some((kind, value));
+                }
+                3 => view.name = text(bytes)?,
+                4 => view.aliases.push(text(bytes)?),
+                _ => return Ok(false),
+            }
+            Ok(true)
+        })?;
+        Ok(view)
+    }
+}
+
+fn text(bytes: &[u8]) -> Result<&str, String> {
+    std::str::from_utf8(bytes).map_err(|_| "a text is not UTF-8".to_owned())
+}
+
+/// Hands over every field of bytes; `take` says whether it knows the number. One that it knows must be of bytes.
+fn each_field<'a>(mut rest: &'a [u8], mut take: impl FnMut(u32, &'a [u8]) -> Result<bool, String>) -> Result<(), String> {
+    let broken = |error: DecodeError| error.to_string();
+    while !rest.is_empty() {
+        let (number, wire_type) = decode_key(&mut rest).map_err(broken)?;
+        if wire_type != WireType::LengthDelimited {
+            if take(number, &[])? {
+                return Err(format!("field {number} is not of its type"));
+            }
+            skip_field(wire_type, number, &mut rest, DecodeContext::default()).map_err(broken)?;
+            continue;
+        }
+        let length = usize::try_from(decode_varint(&mut rest).map_err(broken)?).unwrap_or(usize::MAX);
+        let (bytes, after) = rest.split_at_checked(length).ok_or_else(|| format!("field {number} is longer than its message"))?;
+        rest = after;
+        take(number, bytes)?;
+    }
+    Ok(())
+}
+
 /// One added or changed resource.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Resource {
@@ -102,7 +192,7 @@ pub struct Node {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-    use bytes::Bytes;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -152,6 +242,47 @@ mod tests {
         assert_eq!(decoded, response);
         let value = decoded.resources[0].resource.as_ref().unwrap().value.as_ptr();
         assert!(bytes.as_ptr_range().contains(&value), "the content was copied");
+    }
+
+    #[test]
+    fn an_encoded_push_is_a_response_and_shares_its_memory() {
+        let bytes = Bytes::from_static(b"\x0a\x01s\x12\x12\x0a\x01v\x12\x07\x0a\x01t\x12\x02xy\x1a\x01n\x22\x01a\x22\x01t\x2a\x011\x32\x04gone");
+        let (push, whole) = (EncodedPush::decode(bytes.clone()).unwrap(), DeltaDiscoveryResponse::decode(bytes.clone()).unwrap());
+        assert_eq!((push.type_url, push.nonce, push.removed_resources), (whole.type_url, whole.nonce, whole.removed_resources));
+        assert!(bytes.as_ptr_range().contains(&push.resources[0].as_ptr()), "the content was copied");
+        let view = ResourceView::read(&push.resources[0]).unwrap();
+        assert_eq!(view, ResourceView { version: "v", content: Some(("t", b"xy")), name: "n", aliases: vec!["a"] });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Oracle: prost.
+        #[test]
+        fn a_resource_in_place_reads_as_prost_reads_it(pieces in proptest::collection::vec(any_piece(), 0..6), cut in 0..4_usize) {
+            let mut bytes = pieces.concat();
+            if cut == 0 {
+                bytes.pop();
+            }
+            let ours = ResourceView::read(&bytes).ok().map(|view| Resource {
+                version: view.version.to_owned(),
+                resource: view.content.map(|(kind, value)| Any { type_url: kind.to_owned(), value: Bytes::copy_from_slice(value) }),
+                name: view.name.to_owned(),
+                aliases: view.aliases.into_iter().map(str::to_owned).collect(),
+            });
+            prop_assert_eq!(ours, Resource::decode(&bytes[..]).ok());
+        }
+    }
+
+    /// Fields as they should be, of other types, with other lengths, and bytes of no meaning.
+    fn any_piece() -> impl Strategy<Value = Vec<u8>> {
+        let field = |number: u8, inner: Vec<u8>| [vec![number << 3 | 2, u8::try_from(inner.len()).unwrap()], inner].concat();
+        prop_oneof![
+            (1..7_u8, "[a-z\u{e9}]{0,4}").prop_map(move |(number, text)| field(number, text.into_bytes())),
+            (1..4_u8, proptest::collection::vec(any::<u8>(), 0..4)).prop_map(move |(number, inner)| field(2, field(number, inner))),
+            (1..7_u8, 0..3_u8).prop_map(|(number, value)| vec![number << 3, value]),
+            proptest::collection::vec(any::<u8>(), 0..4),
+        ]
     }
 
     #[test]

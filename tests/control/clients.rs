@@ -17,7 +17,7 @@ fn workload(number: usize, capacity: u32) -> Edit {
     Edit::Workload(Workload {
         uid: format!("Kubernetes//Pod/default/workload-with-an-ordinary-name-{number}").into(),
         name: format!("workload-with-an-ordinary-name-{number}").into(),
-        addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + u32::try_from(number).unwrap()).into()],
+        addresses: std::net::IpAddr::from(std::net::Ipv4Addr::from(0x0a00_0000 + u32::try_from(number).unwrap())).into(),
         node: format!("node-{}", number % 200).into(),
         hostname: "".into(),
         status: Default::default(),

@@ -39,7 +39,7 @@ async fn an_object_too_large_to_send_is_left_out_but_a_policy_becomes_one_that_d
         Edit::Workload(Workload {
             uid: uid.into(),
             name: name.into(),
-            addresses: Vec::new(),
+            addresses: Default::default(),
             node: "left".into(),
             hostname: "".into(),
             status: Default::default(),

@@ -61,7 +61,7 @@ fn workloads() -> Vec<Workload> {
     let row = |uid: &str, profile: Profile| Workload {
         uid: uid.into(),
         name: uid.into(),
-        addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+        addresses: ["10.0.0.1", "fd00::1"].iter().map(|ip| ip.parse().unwrap()).collect(),
         node: "left".into(),
         hostname: "by.name".into(),
         status: HealthStatus::Unhealthy,
@@ -74,7 +74,7 @@ fn workloads() -> Vec<Workload> {
     }
     let tunnel = ApplicationTunnel { protocol: ApplicationProtocol::None, port: None };
     let profile = Profile { namespace: "ns".into(), application_tunnel: Some(tunnel), ..Profile::default() };
-    let addresses = Vec::new();
+    let addresses = Default::default();
     rows.push(Workload { addresses, hostname: "".into(), status: HealthStatus::Healthy, capacity: 0, ..row("bare", profile) });
     rows
 }
@@ -207,14 +207,14 @@ async fn clients_that_all_come_back_at_once_hear_only_what_changed() {
     let rows = |capacity: u32| {
         (0..WORKLOADS).map(move |number| {
             let profile = Profile { namespace: "ns".into(), ..Profile::default() };
-            let addresses = vec![std::net::Ipv4Addr::from(0x0a00_0000 + number).into()];
+            let addresses = std::net::IpAddr::from(std::net::Ipv4Addr::from(0x0a00_0000 + number));
             let capacity = if number == 7 { capacity } else { 1 };
             let (name, node) = (format!("workload-{number}"), "right".into());
             let uid = format!("Kubernetes//Pod/ns/{name}").into();
             Edit::Workload(Workload {
                 uid,
                 name: name.into(),
-                addresses,
+                addresses: addresses.into(),
                 node,
                 hostname: "".into(),
                 status: HealthStatus::Healthy,

@@ -43,7 +43,7 @@ impl Little {
             edits.push(Edit::Workload(Workload {
                 uid: uid(*id).into(),
                 name: format!("w{id}").into(),
-                addresses: vec![address(0, *id)],
+                addresses: address(0, *id).into(),
                 node: format!("n{}", workload.node).into(),
                 hostname: "".into(),
                 status: if workload.healthy { HealthStatus::Healthy } else { HealthStatus::Unhealthy },

@@ -96,8 +96,8 @@ fn workload() -> impl Strategy<Value = Workload> {
     ("[a-c]{1,2}//Pod/[a-d]{1,3}", vec(ip(), 0..3), vec(text(), 3), any::<bool>(), any::<u32>(), profile()).prop_map(
         |(uid, addresses, names, healthy, capacity, profile)| Workload {
             uid: uid.into(),
-            name: names[0].clone(),
-            addresses,
+            name: names[0].clone().into(),
+            addresses: addresses.into(),
             node: names[1].clone(),
             hostname: names[2].clone(),
             status: if healthy { HealthStatus::Healthy } else { HealthStatus::Unhealthy },

@@ -219,7 +219,7 @@ impl WorkloadForm {
             protocol: Word(profile.protocol),
             network_mode: Word(profile.network_mode),
             uid: workload.uid.clone(),
-            name: workload.name.clone(),
+            name: (&workload.name).into(),
             namespace: profile.namespace.clone(),
             trust_domain: profile.trust_domain.clone(),
             service_account: profile.service_account.clone(),
@@ -294,7 +294,7 @@ impl WorkloadForm {
         check_identity(&profile)?;
         Ok(Workload {
             uid,
-            name: self.name,
+            name: self.name.into(),
             addresses: self.workload_ips.into_iter().map(|ip| ip.0).collect(),
             node: self.node,
             hostname: self.hostname,

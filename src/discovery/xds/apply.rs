@@ -9,8 +9,8 @@ use super::{Kind, policy};
 use crate::discovery::{Draft, Edit, Publisher};
 use crate::model::Text;
 use crate::policy::Validity;
-use crate::wire::google::{Any, Status};
-use crate::wire::xds::{DeltaDiscoveryResponse, Resource};
+use crate::wire::google::Status;
+use crate::wire::xds::{EncodedPush, ResourceView};
 
 /// A larger resource is refused: an object of Kubernetes cannot be so large.
 const MAX_RESOURCE: usize = 2 << 20;
@@ -25,15 +25,60 @@ pub(super) struct Applier {
     waiting: Option<Draft>,
     first: Vec<Kind>,
     addresses: HashMap<Text, Held, foldhash::fast::RandomState>,
-    policies: HashMap<Text, Version, foldhash::fast::RandomState>,
+    policies: HashMap<Text, Held, foldhash::fast::RandomState>,
+    /// Counts the pushes.
+    pushes: u32,
 }
 
-/// An address that is in the world.
+/// A resource that is in the world. There may be 100,000, so each has 16 bytes.
 #[derive(Debug, Clone)]
-struct Held {
+enum Held {
+    /// An address known there by the name of the resource, with a version as istiod makes them.
+    Usual {
+        /// The push that told of it last.
+        push: u32,
+        version: u64,
+    },
+    Other {
+        push: u32,
+        other: Box<Other>,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Other {
     version: Version,
-    /// What it is known by there, if that is not the name of the resource.
-    key: Option<Box<Text>>,
+    /// What it is known by, if that is not the name of the resource.
+    key: Option<Text>,
+}
+
+impl Held {
+    fn new(push: u32, version: Version, key: Option<Text>) -> Self {
+        match (version, key) {
+            (Version::Hexadecimal(version), None) => Self::Usual { push, version },
+            (version, key) => Self::Other { push, other: Box::new(Other { version, key }) },
+        }
+    }
+
+    fn version(&self) -> String {
+        match self {
+            Self::Usual { version, .. } => Version::Hexadecimal(*version).text(),
+            Self::Other { other, .. } => other.version.text(),
+        }
+    }
+
+    fn key(&self) -> Option<&Text> {
+        match self {
+            Self::Usual { .. } => None,
+            Self::Other { other, .. } => other.key.as_ref(),
+        }
+    }
+
+    fn push(&mut self) -> &mut u32 {
+        match self {
+            Self::Usual { push, .. } | Self::Other { push, .. } => push,
+        }
+    }
 }
 
 /// The version of a resource. istiod's are 16 hexadecimal digits, of which there may be 100,000.
@@ -103,12 +148,17 @@ impl Applied {
 impl Applier {
     /// Publishes nothing until each kind of `first` has had its first push.
     pub(super) fn new(publisher: Publisher, first: Vec<Kind>) -> Self {
-        Self { publisher, waiting: None, first, addresses: HashMap::default(), policies: HashMap::default() }
+        Self { publisher, waiting: None, first, addresses: HashMap::default(), policies: HashMap::default(), pushes: 0 }
     }
 
     /// Whether everything that must be heard of before the first world was.
     pub(super) fn is_synced(&self) -> bool {
         self.first.is_empty()
+    }
+
+    /// How many policies are held.
+    pub(super) fn policies(&self) -> usize {
+        self.policies.len()
     }
 
     pub(super) fn publisher(&self) -> &Publisher {
@@ -117,50 +167,55 @@ impl Applier {
 
     /// Every resource that is held, with its version: `initial_resource_versions` of a new stream.
     pub(super) fn held(&self, kind: Kind) -> impl Iterator<Item = (String, String)> + '_ {
-        let addresses = self.addresses.iter().map(|(name, held)| (name, &held.version));
-        let (addresses, policies) = match kind {
-            Kind::Address => (Some(addresses), None),
-            Kind::Authorization => (None, Some(self.policies.iter())),
+        let held = match kind {
+            Kind::Address => &self.addresses,
+            Kind::Authorization => &self.policies,
         };
-        addresses.into_iter().flatten().chain(policies.into_iter().flatten()).map(|(name, version)| (name.to_string(), version.text()))
+        held.iter().map(|(name, held)| (name.to_string(), held.version()))
     }
 
     /// Applies a push as one world. `whole` says that what is held and not in it is gone: the server was not told what we have. `asked` says
     /// whether anybody waits for names.
-    pub(super) fn apply(&mut self, kind: Kind, mut push: DeltaDiscoveryResponse, whole: bool, asked: bool) -> Applied {
+    ///
+    /// # Errors
+    /// When it is none: a policy cannot be read so far that its name is known. Nothing is applied then.
+    pub(super) fn apply(&mut self, kind: Kind, push: EncodedPush, whole: bool, asked: bool) -> Result<Applied, String> {
         let mut applied = Applied::default();
-        if whole {
-            let there: HashSet<&str> = push.resources.iter().map(|resource| resource.name.as_str()).collect();
-            let gone: Vec<String> = self.held(kind).map(|(name, _)| name).filter(|name| !there.contains(name.as_str())).collect();
-            push.removed_resources.extend(gone);
+        if kind == Kind::Authorization {
+            push.resources.iter().try_for_each(|encoded| ResourceView::read(encoded).map(drop))?;
         }
-        applied.bytes = push.resources.iter().filter_map(|resource| resource.resource.as_ref()).map(|any| any.value.len()).sum();
-        if asked {
-            let named = push.resources.iter().flat_map(|resource| resource.aliases.iter().chain([&resource.name]));
-            (applied.found, applied.gone) = (named.cloned().collect(), push.removed_resources.clone());
-        }
+        self.pushes = self.pushes.wrapping_add(1);
         let mut draft = self.waiting.take().unwrap_or_else(|| self.publisher.draft());
-        // Removals first: what is both removed and there is there.
-        match kind {
-            Kind::Address => self.remove_addresses(push.removed_resources, &mut draft),
-            Kind::Authorization => {
-                for name in push.removed_resources {
-                    self.policies.remove(name.as_str());
-                    draft.apply(Edit::RemovePolicy(policy::key(&name)));
-                }
-            }
+        let mut gone = push.removed_resources;
+        if whole {
+            let there: HashSet<&str> = push.resources.iter().filter_map(|encoded| Some(ResourceView::read(encoded).ok()?.name)).collect();
+            gone.extend(self.held(kind).map(|(name, _)| name).filter(|name| !there.contains(name.as_str())));
         }
-        let mut seen: HashSet<&str, foldhash::fast::RandomState> = HashSet::default();
-        seen.reserve(push.resources.len());
+        if asked {
+            applied.gone.clone_from(&gone);
+        }
+        // Removals first: what is both removed and there is there.
+        self.remove(kind, gone, &mut draft);
         if kind == Kind::Address && self.addresses.is_empty() {
             self.addresses.reserve(push.resources.len());
         }
         let mut reader = Reader::default();
-        for resource in &push.resources {
-            let again = !seen.insert(resource.name.as_str());
+        // Each is dropped when it was read, and the memory of the message with the last of them.
+        for encoded in push.resources {
+            let view = match ResourceView::read(&encoded) {
+                Ok(view) => view,
+                Err(error) => {
+                    applied.refuse("a resource", format!("cannot be read: {error}"));
+                    continue;
+                }
+            };
+            applied.bytes += view.content.map_or(0, |(_, value)| value.len());
+            if asked {
+                applied.found.extend(view.aliases.iter().chain([&view.name]).map(|name| (*name).to_owned()));
+            }
             match kind {
-                Kind::Address => self.add_address(resource, again, (&mut reader, &mut draft), &mut applied),
-                Kind::Authorization => self.add_policy(resource, again, &mut draft, &mut applied),
+                Kind::Address => self.add_address(&view, (&mut reader, &mut draft), &mut applied),
+                Kind::Authorization => self.add_policy(&view, &mut draft, &mut applied),
             }
         }
         self.first.retain(|missing| *missing != kind);
@@ -169,36 +224,47 @@ impl Applier {
         } else {
             self.waiting = Some(draft);
         }
-        applied
+        Ok(applied)
     }
 
-    fn remove_addresses(&mut self, names: Vec<String>, draft: &mut Draft) {
+    fn remove(&mut self, kind: Kind, names: Vec<String>, draft: &mut Draft) {
         for name in names {
-            let key = self.addresses.remove(name.as_str()).and_then(|held| held.key);
-            draft.apply(Edit::Remove(key.map_or_else(|| name.into(), |key| *key)));
+            draft.apply(match kind {
+                Kind::Address => {
+                    let known = self.addresses.remove(name.as_str());
+                    Edit::Remove(known.and_then(|held| held.key().cloned()).unwrap_or_else(|| name.into()))
+                }
+                Kind::Authorization => {
+                    self.policies.remove(name.as_str());
+                    Edit::RemovePolicy(policy::key(&name))
+                }
+            });
         }
     }
 
-    fn add_address(&mut self, from: &Resource, again: bool, (reader, draft): (&mut Reader, &mut Draft), applied: &mut Applied) {
-        match content(from, Kind::Address, again).and_then(|any| reader.row(&any.value)) {
-            Err(reason) => applied.refuse(&from.name, reason),
+    fn add_address(&mut self, from: &ResourceView<'_>, (reader, draft): (&mut Reader, &mut Draft), applied: &mut Applied) {
+        let now = self.pushes;
+        let known = self.addresses.get_mut(from.name);
+        let again = known.is_some_and(|held| std::mem::replace(held.push(), now) == now);
+        match content(from, Kind::Address, again).and_then(|value| reader.row(value)) {
+            Err(reason) => applied.refuse(from.name, reason),
             Ok(mut row) => {
                 let key = row.key();
-                let other = (key != *from.name).then(|| Box::new(key.clone()));
-                let version = Version::of(&from.version);
-                match self.addresses.entry(if other.is_none() { key } else { from.name.as_str().into() }) {
+                let other = (key != *from.name).then(|| key.clone());
+                let held = Held::new(now, Version::of(from.version), other.clone());
+                match self.addresses.entry(if other.is_none() { key } else { from.name.into() }) {
                     Entry::Occupied(mut known) => {
                         // What the resource was before under another key goes.
-                        if let Some(old) = known.get().key.clone().filter(|old| other.as_ref() != Some(old)) {
-                            draft.apply(Edit::Remove(*old));
+                        if let Some(old) = known.get().key().filter(|old| other.as_ref() != Some(*old)) {
+                            draft.apply(Edit::Remove(old.clone()));
                         }
                         if let (Row::Workload(workload), None) = (&mut row, &other) {
                             // One memory for the name in the row and here.
                             workload.uid = known.key().clone();
                         }
-                        known.insert(Held { version, key: other });
+                        known.insert(held);
                     }
-                    Entry::Vacant(place) => drop(place.insert(Held { version, key: other })),
+                    Entry::Vacant(place) => drop(place.insert(held)),
                 }
                 draft.apply(match row {
                     Row::Workload(workload) => Edit::Workload(workload),
@@ -208,37 +274,39 @@ impl Applier {
         }
     }
 
-    fn add_policy(&mut self, from: &Resource, again: bool, draft: &mut Draft, applied: &mut Applied) {
+    fn add_policy(&mut self, from: &ResourceView<'_>, draft: &mut Draft, applied: &mut Applied) {
+        let now = self.pushes;
+        let again = self.policies.get_mut(from.name).is_some_and(|held| *held.push() == now);
         let policy = match content(from, Kind::Authorization, again) {
-            Ok(any) => policy::policy(&from.name, &any.value),
-            Err(reason) => policy::refused(&from.name, from.resource.as_ref(), reason),
+            Ok(value) => policy::policy(from.name, value),
+            Err(reason) => policy::refused(from.name, from.content, reason),
         };
         let version = match &policy.validity {
-            Validity::Valid => Version::of(&from.version),
+            Validity::Valid => Version::of(from.version),
             Validity::Invalid(reason) => {
-                applied.refuse(&from.name, format!("{reason} (it denies all of its targets)"));
+                applied.refuse(from.name, format!("{reason} (it denies all of its targets)"));
                 // Held, so that we hear of its removal; without a version, so that it is sent again.
                 Version::of("")
             }
         };
-        self.policies.insert(from.name.as_str().into(), version);
+        self.policies.insert(from.name.into(), Held::new(now, version, None));
         draft.apply(Edit::Policy(policy));
     }
 }
 
 /// What a resource holds, if it can be looked at.
-fn content(resource: &Resource, kind: Kind, again: bool) -> Result<&Any, String> {
-    let any = resource.resource.as_ref().ok_or_else(|| "it has no content".to_owned())?;
+fn content<'a>(resource: &ResourceView<'a>, kind: Kind, again: bool) -> Result<&'a [u8], String> {
+    let (type_url, value) = resource.content.ok_or_else(|| "it has no content".to_owned())?;
     if again {
         return Err("it is in one push twice".to_owned());
     }
-    if any.value.len() + resource.name.len() > MAX_RESOURCE {
-        return Err(format!("it has {} bytes, more than {MAX_RESOURCE}", any.value.len() + resource.name.len()));
+    if value.len() + resource.name.len() > MAX_RESOURCE {
+        return Err(format!("it has {} bytes, more than {MAX_RESOURCE}", value.len() + resource.name.len()));
     }
-    if any.type_url != kind.type_url() {
-        return Err(format!("it is of type {}", shown(&any.type_url)));
+    if type_url != kind.type_url() {
+        return Err(format!("it is of type {}", shown(type_url)));
     }
-    Ok(any)
+    Ok(value)
 }
 
 #[cfg(test)]

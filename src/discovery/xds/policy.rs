@@ -10,7 +10,6 @@ use super::rows::{known, shown, within};
 use crate::model::Text;
 use crate::policy::{Action, Authorization, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch, Validity};
 use crate::wire::authorization as wire;
-use crate::wire::google::Any;
 use crate::wire::xds::AUTHORIZATION_TYPE;
 
 /// Namespace and name of a policy by the name of its resource, which is its key (reference, dataplane §5.2).
@@ -25,10 +24,10 @@ pub(super) fn key(resource: &str) -> Text {
 }
 
 /// The policy of a resource that is refused whatever it says: it denies its targets.
-pub(super) fn refused(resource: &str, content: Option<&Any>, reason: String) -> Authorization {
+pub(super) fn refused(resource: &str, content: Option<(&str, &[u8])>, reason: String) -> Authorization {
     let (namespace, name) = names(resource);
-    let encoded = content.filter(|any| any.type_url == AUTHORIZATION_TYPE).map(|any| &any.value);
-    let (scope, dry_run) = encoded.map_or((Scope::Global, false), |encoded| targets(encoded));
+    let encoded = content.filter(|(type_url, _)| *type_url == AUTHORIZATION_TYPE);
+    let (scope, dry_run) = encoded.map_or((Scope::Global, false), |(_, encoded)| targets(encoded));
     Authorization { dry_run, ..Authorization::invalid(name, namespace, scope, Action::Deny, reason) }
 }
 

@@ -6,13 +6,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use foldhash::fast::RandomState;
 use prost::Message;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
 use super::rows::{Row, Words, address, read_profile, read_service, status, within};
-use crate::model::{Profile, Text, Workload};
+use crate::model::{Addresses, Ending, Profile, Text, Workload};
 use crate::wire::workload as wire;
 
 /// What the addresses of one push have in common.
@@ -26,11 +25,11 @@ pub(super) struct Reader {
 
 impl Reader {
     /// Reads an encoded `Address`.
-    pub(super) fn row(&mut self, encoded: &Bytes) -> Result<Row, String> {
+    pub(super) fn row(&mut self, encoded: &[u8]) -> Result<Row, String> {
         if let Some(workload) = only_workload(encoded) {
             return self.workload(workload).map(Row::Workload);
         }
-        match wire::Address::decode(encoded.clone()).map_err(|error| error.to_string())?.r#type {
+        match wire::Address::decode(encoded).map_err(|error| error.to_string())?.r#type {
             // Of several fields, as nobody sends it: put together it is an ordinary one.
             Some(wire::AddressType::Workload(workload)) => self.workload(&workload.encode_to_vec()).map(Row::Workload),
             Some(wire::AddressType::Service(service)) => read_service(service, &mut self.words).map(Row::Service),
@@ -54,16 +53,16 @@ impl Reader {
                 profile
             }
         };
-        let mut addresses = Vec::with_capacity(own.addresses.len());
-        for bytes in own.addresses {
-            let ip = address(bytes).map_err(|reason| within("addresses", reason))?;
-            if !addresses.contains(&ip) {
-                addresses.push(ip);
-            }
-        }
+        let one = |bytes: &[u8]| address(bytes).map_err(|reason| within("addresses", reason));
+        let addresses = match own.addresses {
+            Few::None => Addresses::default(),
+            Few::One(bytes) => one(bytes)?.into(),
+            Few::Many(all) => all.into_iter().map(one).collect::<Result<Vec<_>, _>>()?.into(),
+        };
+        let uid = Text::from(own.uid);
         Ok(Workload {
-            uid: Text::from(own.uid),
-            name: Text::from(own.name),
+            name: Ending::of(&uid, own.name),
+            uid,
             addresses,
             node: self.words.get(own.node),
             hostname: self.words.get(own.hostname),
@@ -87,7 +86,7 @@ struct Own<'a> {
     /// 1
     name: &'a str,
     /// 3
-    addresses: Vec<&'a [u8]>,
+    addresses: Few<'a>,
     /// 9
     node: &'a str,
     /// 17
@@ -98,6 +97,28 @@ struct Own<'a> {
     hostname: &'a str,
     /// 27
     capacity: Option<u32>,
+}
+
+/// Most workloads have one address.
+#[derive(Debug, Default)]
+enum Few<'a> {
+    #[default]
+    None,
+    One(&'a [u8]),
+    Many(Vec<&'a [u8]>),
+}
+
+impl<'a> Few<'a> {
+    fn push(&mut self, bytes: &'a [u8]) {
+        *self = match std::mem::take(self) {
+            Self::None => Self::One(bytes),
+            Self::One(first) => Self::Many(vec![first, bytes]),
+            Self::Many(mut all) => {
+                all.push(bytes);
+                Self::Many(all)
+            }
+        };
+    }
 }
 
 impl<'a> Own<'a> {

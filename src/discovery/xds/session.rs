@@ -13,7 +13,7 @@ use super::{Config, Kind};
 use crate::grpc::{self, Answers, status_text};
 use crate::lifecycle::Backoff;
 use crate::telemetry::limited;
-use crate::wire::xds::{DELTA_METHOD, DeltaDiscoveryRequest, DeltaDiscoveryResponse, WILDCARD};
+use crate::wire::xds::{DELTA_METHOD, DeltaDiscoveryRequest, EncodedPush, WILDCARD};
 
 /// Longest message (reference, dataplane §5.3).
 const MAX_MESSAGE: usize = 200 << 20;
@@ -146,7 +146,7 @@ impl Client {
         }
     }
 
-    async fn open(&mut self, life: &mut Life) -> Result<(Answers<DeltaDiscoveryResponse>, mpsc::Sender<DeltaDiscoveryRequest>), End> {
+    async fn open(&mut self, life: &mut Life) -> Result<(Answers<EncodedPush>, mpsc::Sender<DeltaDiscoveryRequest>), End> {
         let dialer = &self.config.dialer;
         let roots = dialer.roots().await.map_err(End::Unopened)?;
         let metadata = dialer.metadata().await.map_err(End::Unopened)?;
@@ -191,7 +191,7 @@ impl Client {
 
     async fn serve(
         &mut self,
-        mut answers: Answers<DeltaDiscoveryResponse>,
+        mut answers: Answers<EncodedPush>,
         requests: mpsc::Sender<DeltaDiscoveryRequest>,
         life: &mut Life,
     ) -> Result<(), Status> {
@@ -234,7 +234,7 @@ impl Client {
                 Some(kind) => {
                     let whole = unheard.contains(&kind);
                     unheard.retain(|waiting| *waiting != kind);
-                    let applied = self.apply(kind, push, whole).await.ok_or_else(|| Status::internal("applying a push failed"))?;
+                    let applied = self.apply(kind, push, whole).await?;
                     self.note(kind, &applied);
                     applied.error_detail()
                 }
@@ -248,22 +248,21 @@ impl Client {
         }
     }
 
-    /// Applies a push; `None` if that panicked, in which case there is no world to go on with.
-    async fn apply(&mut self, kind: Kind, push: DeltaDiscoveryResponse, whole: bool) -> Option<Applied> {
+    /// Applies a push. The stream cannot go on if that fails; if it panicked, there is no world to go on with either.
+    async fn apply(&mut self, kind: Kind, push: EncodedPush, whole: bool) -> Result<Applied, Status> {
         let asked = kind == Kind::Address && self.demand.as_ref().is_some_and(|demand| !demand.is_empty());
-        let mut applier = self.applier.take()?;
-        let (applier, applied) = if push.resources.len() + push.removed_resources.len() > LARGE_PUSH || whole {
-            let work = move || {
-                let applied = applier.apply(kind, push, whole, asked);
-                (applier, applied)
-            };
-            tokio::task::spawn_blocking(work).await.ok()?
-        } else {
+        let panicked = || Status::internal("applying a push failed");
+        let mut applier = self.applier.take().ok_or_else(panicked)?;
+        let touched = push.resources.len() + push.removed_resources.len();
+        // All policies of a scope are filed anew when one of them changes.
+        let large = whole || touched > LARGE_PUSH || (kind == Kind::Authorization && applier.policies() > LARGE_PUSH);
+        let work = move || {
             let applied = applier.apply(kind, push, whole, asked);
             (applier, applied)
         };
+        let (applier, applied) = if large { tokio::task::spawn_blocking(work).await.map_err(|_| panicked())? } else { work() };
         self.applier = Some(applier);
-        Some(applied)
+        applied.map_err(|error| Status::internal(format!("not the message that was expected: {error}")))
     }
 
     /// Tells everybody what a push brought.

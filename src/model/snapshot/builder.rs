@@ -1,29 +1,50 @@
 //! Edits: the next snapshot from the last one.
 
+use std::collections::HashMap;
+use std::fmt;
+use std::mem::take;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
 use ipnet::IpNet;
 
-use super::index::grouped;
+use super::index::{Index, Slot, grouped};
 use super::intern::Adopted;
+use super::table::Id;
 use super::{Snapshot, Tables, bits};
-use crate::model::{NetworkMode, Profile, Service, Text, Workload, canonical};
+use crate::model::{Ending, NetworkMode, Profile, Service, Text, Workload, canonical};
 
 /// Makes the next [`Snapshot`] from the last one, sharing all that did not change: an insert or a removal costs
 /// microseconds, whatever the size of the mesh. What a snapshot answers depends only on the rows that it holds, never on
 /// the order in which they came.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct SnapshotBuilder {
     tables: Tables,
     adopted: Adopted,
+    /// What is not in the indexes yet: a large push writes each leaf of them once.
+    pending: [Vec<Slot>; WAYS],
+    /// The same of uids, by their hashes.
+    fresh: HashMap<u64, Id, RandomState>,
+    local_changed: bool,
 }
+
+/// The ways to find a workload beside its uid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Address,
+    Hostname,
+    Member,
+    Local,
+}
+
+const WAYS: usize = 4;
 
 impl Snapshot {
     /// Continues from this snapshot.
     #[must_use]
     pub fn edit(&self) -> SnapshotBuilder {
-        SnapshotBuilder { tables: Tables::clone(&self.0), adopted: Adopted::default() }
+        SnapshotBuilder { tables: Tables::clone(&self.0), ..SnapshotBuilder::default() }
     }
 }
 
@@ -31,11 +52,15 @@ impl SnapshotBuilder {
     /// Restricts [`Snapshot::local_workload`] to workloads of this node; without it every workload counts as local.
     #[must_use]
     pub fn local_node(mut self, node: Text) -> Self {
+        self.settle();
         self.tables.local_node = Some(node);
-        self.tables.local = super::Index::default();
-        let rows: Vec<_> = self.tables.workloads.iter().cloned().collect();
+        self.tables.local = Index::default();
+        let local = |workload: &&Arc<Workload>| self.tables.is_local(workload);
+        let rows: Vec<_> = self.tables.workloads.iter().filter(local).cloned().collect();
         for workload in rows {
-            self.tables.link_local(&workload);
+            if let Some((id, _)) = self.tables.workload(&workload.uid) {
+                self.tables.local.put(self.tables.hash_pair(&workload.profile.namespace, &workload.name), id);
+            }
         }
         self
     }
@@ -48,24 +73,45 @@ impl SnapshotBuilder {
     /// [`SnapshotBuilder::insert_workload`]; says whether it made a difference.
     pub fn put_workload(&mut self, mut workload: Workload) -> bool {
         normalise(&mut workload);
-        let known = self.tables.workload(&workload.uid).cloned();
-        if known.as_deref() == Some(&workload) {
+        let uid = self.tables.hash(&workload.uid);
+        if self.fresh.contains_key(&uid) {
+            self.settle();
+        }
+        let known = self.tables.workload(&workload.uid).map(|(id, known)| (id, known.clone()));
+        let Some((id, known)) = known else {
+            self.tables.interner.adopt_workload(&mut workload, &mut self.adopted);
+            self.note(&workload);
+            let workload = Arc::new(workload);
+            let id = self.tables.workloads.put(workload.clone());
+            self.fresh.insert(uid, id);
+            self.tables.keys(&workload, uid, |way, key| self.pending[way as usize].push(Slot::new(key, id)));
+            return true;
+        };
+        if *known == workload {
             return false;
         }
-        match known {
-            // The usual change, of health or capacity: all keys and shared parts stay, the row takes the place of the old one.
-            Some(known) if same_keys(&known, &workload) => {
-                let (node, hostname, profile) = (known.node.clone(), known.hostname.clone(), known.profile.clone());
-                workload = Workload { node, hostname, profile, ..workload };
-            }
+        self.note(&known);
+        self.note(&workload);
+        // The usual change, of health or capacity: all keys and shared parts stay.
+        if same_keys(&known, &workload) {
+            let Workload { uid, name, node, hostname, profile, .. } = Workload::clone(&known);
+            workload = Workload { uid, name, node, hostname, profile, ..workload };
+        } else {
             // First adopt, then release: what both rows share is not forgotten in between.
-            Some(known) => {
-                self.tables.interner.adopt_workload(&mut workload, &mut self.adopted);
-                self.tables.unlink_workload(&known);
+            self.tables.interner.adopt_workload(&mut workload, &mut self.adopted);
+            self.tables.interner.release_workload(&known, &mut self.adopted);
+            self.settle();
+            let (mut old, mut new) = (Vec::new(), Vec::new());
+            self.tables.keys(&known, uid, |way, key| old.push((way, key)));
+            self.tables.keys(&workload, uid, |way, key| new.push((way, key)));
+            for (way, key) in old.iter().filter(|key| !new.contains(key)) {
+                self.tables.way(*way).take(*key, id);
             }
-            None => self.tables.interner.adopt_workload(&mut workload, &mut self.adopted),
+            for (way, key) in new.iter().filter(|key| !old.contains(key)) {
+                self.tables.way(*way).put(*key, id);
+            }
         }
-        self.tables.link_workload(&Arc::new(workload));
+        self.tables.workloads.set(id, Arc::new(workload));
         true
     }
 
@@ -78,35 +124,77 @@ impl SnapshotBuilder {
     pub fn put_service(&mut self, mut service: Service) -> bool {
         service.vips.iter_mut().for_each(|vip| vip.ip = canonical(vip.ip));
         service.cidr_vips.iter_mut().for_each(|(_, prefix)| *prefix = prefix.trunc());
-        let known = self.tables.service(&service.namespace, &service.hostname).cloned();
-        if known.as_deref() == Some(&service) {
+        let known = self.tables.service(&service.namespace, &service.hostname).map(|(id, known)| (id, known.clone()));
+        if known.as_ref().is_some_and(|(_, known)| **known == service) {
             return false;
         }
-        self.tables.interner.adopt_service(&mut service);
-        if let Some(known) = known {
-            self.tables.unlink_service(&known);
+        self.tables.interner.adopt_service(&mut service, &mut self.adopted);
+        if let Some((id, known)) = known {
+            self.tables.unlink_service(id, &known);
+            self.tables.interner.release_service(&known, &mut self.adopted);
         }
-        self.tables.link_service(&Arc::new(service));
+        self.tables.link_service(Arc::new(service));
         true
     }
 
     /// Removes a workload by uid, or a service by `namespace/hostname`; says whether anything was removed (reference,
     /// dataplane §5.2). A service takes no workload with it: workloads that still name it wait for its return.
     pub fn remove(&mut self, name: &str) -> bool {
-        if let Some(workload) = self.tables.workload(name).cloned() {
-            self.tables.unlink_workload(&workload);
+        self.settle();
+        if let Some((id, workload)) = self.tables.workload(name).map(|(id, workload)| (id, workload.clone())) {
+            self.note(&workload);
+            let (uid, mut keys) = (self.tables.hash(&workload.uid), Vec::new());
+            self.tables.keys(&workload, uid, |way, key| keys.push((way, key)));
+            for (way, key) in keys {
+                self.tables.way(way).take(key, id);
+            }
+            self.tables.by_uid.take(uid, id);
+            self.tables.workloads.take(id);
+            self.tables.interner.release_workload(&workload, &mut self.adopted);
             return true;
         }
         let Some((namespace, hostname)) = name.split_once('/').filter(|(_, hostname)| !hostname.contains('/')) else { return false };
-        let Some(service) = self.tables.service(namespace, hostname).cloned() else { return false };
-        self.tables.unlink_service(&service);
+        let Some((id, service)) = self.tables.service(namespace, hostname).map(|(id, service)| (id, service.clone())) else { return false };
+        self.tables.unlink_service(id, &service);
+        self.tables.interner.release_service(&service, &mut self.adopted);
         true
+    }
+
+    /// Whether anything changed about the workloads of the local node.
+    #[must_use]
+    pub fn local_changed(&self) -> bool {
+        self.local_changed
     }
 
     /// The finished snapshot.
     #[must_use]
-    pub fn build(self) -> Snapshot {
+    pub fn build(mut self) -> Snapshot {
+        self.settle();
+        self.tables.interner.settle(&mut self.adopted);
         Snapshot(Arc::new(self.tables))
+    }
+
+    /// A row that comes or goes.
+    fn note(&mut self, workload: &Workload) {
+        self.local_changed |= self.tables.is_local(workload);
+    }
+
+    /// Brings the indexes up to date.
+    fn settle(&mut self) {
+        if self.fresh.is_empty() {
+            return;
+        }
+        self.tables.by_uid.extend(self.fresh.drain().map(|(key, id)| Slot::new(key, id)).collect());
+        for way in [Way::Address, Way::Hostname, Way::Member, Way::Local] {
+            let slots = take(&mut self.pending[way as usize]);
+            self.tables.way(way).extend(slots);
+        }
+    }
+}
+
+impl fmt::Debug for SnapshotBuilder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.tables, formatter)
     }
 }
 
@@ -118,14 +206,8 @@ fn same_keys(left: &Workload, right: &Workload) -> bool {
 
 /// One form for equal rows: canonical addresses, each once, and services in order (they arrive as a map).
 fn normalise(workload: &mut Workload) {
-    let addresses = &mut workload.addresses;
-    addresses.iter_mut().for_each(|ip| *ip = canonical(*ip));
-    for index in (1..addresses.len()).rev() {
-        if addresses.get(..index).zip(addresses.get(index)).is_some_and(|(earlier, ip)| earlier.contains(ip)) {
-            addresses.remove(index);
-        }
-    }
-    addresses.shrink_to_fit();
+    workload.addresses = take(&mut workload.addresses).into_canonical();
+    workload.name = Ending::of(&workload.uid, &workload.name);
     let profile: &Profile = &workload.profile;
     if !profile.services.is_sorted_by(|(left, _), (right, _)| left < right) {
         let services = &mut Arc::make_mut(&mut workload.profile).services;
@@ -135,74 +217,56 @@ fn normalise(workload: &mut Workload) {
 }
 
 impl Tables {
-    fn link_workload(&mut self, workload: &Arc<Workload>) {
-        let (uid, profile) = (&workload.uid, &workload.profile);
-        let same = |known: &Arc<Workload>| known.uid == *uid;
-        self.workloads.put(self.hash(uid), workload.clone(), same);
+    /// All keys under which a workload is found beside that of its uid, whose hash is `uid`.
+    fn keys(&self, workload: &Workload, uid: u64, mut visit: impl FnMut(Way, u64)) {
+        let profile = &workload.profile;
         if profile.network_mode != NetworkMode::HostNetwork {
-            for ip in &workload.addresses {
-                self.by_address.put(self.hash_address(&profile.network, bits(*ip)), workload.clone(), same);
-            }
+            workload.addresses.iter().for_each(|ip| visit(Way::Address, self.hash_address(&profile.network, bits(*ip))));
         }
         if !workload.hostname.is_empty() {
-            self.by_hostname.put(self.hash_pair(&profile.namespace, &workload.hostname), workload.clone(), same);
+            visit(Way::Hostname, self.hash_pair(&profile.namespace, &workload.hostname));
         }
-        for (service, _) in &profile.services {
-            let key = grouped(self.hash_pair(&service.namespace, &service.hostname), self.hash(uid));
-            self.members.put(key, workload.clone(), same);
-        }
-        self.link_local(workload);
-    }
-
-    fn link_local(&mut self, workload: &Arc<Workload>) {
-        if self.local_node.as_ref().is_none_or(|node| *node == workload.node) {
-            let key = self.hash_pair(&workload.profile.namespace, &workload.name);
-            self.local.put(key, workload.clone(), |known| known.uid == workload.uid);
+        profile.services.iter().for_each(|(key, _)| visit(Way::Member, grouped(self.hash_pair(&key.namespace, &key.hostname), uid)));
+        if self.is_local(workload) {
+            visit(Way::Local, self.hash_pair(&profile.namespace, &workload.name));
         }
     }
 
-    fn unlink_workload(&mut self, workload: &Arc<Workload>) {
-        let (uid, profile) = (&workload.uid, &workload.profile);
-        let same = |known: &Arc<Workload>| known.uid == *uid;
-        self.workloads.take(self.hash(uid), same);
-        if profile.network_mode != NetworkMode::HostNetwork {
-            for ip in &workload.addresses {
-                self.by_address.take(self.hash_address(&profile.network, bits(*ip)), same);
-            }
+    fn way(&mut self, way: Way) -> &mut Index {
+        match way {
+            Way::Address => &mut self.by_address,
+            Way::Hostname => &mut self.by_hostname,
+            Way::Member => &mut self.members,
+            Way::Local => &mut self.local,
         }
-        if !workload.hostname.is_empty() {
-            self.by_hostname.take(self.hash_pair(&profile.namespace, &workload.hostname), same);
-        }
-        for (service, _) in &profile.services {
-            let key = grouped(self.hash_pair(&service.namespace, &service.hostname), self.hash(uid));
-            self.members.take(key, same);
-        }
-        self.local.take(self.hash_pair(&profile.namespace, &workload.name), same);
-        self.interner.release_workload(workload);
     }
 
-    fn link_service(&mut self, service: &Arc<Service>) {
-        let same = |known: &Arc<Service>| known.namespace == service.namespace && known.hostname == service.hostname;
-        self.services.put(self.hash_pair(&service.namespace, &service.hostname), service.clone(), same);
-        self.service_hosts.put(self.hash(&service.hostname), service.clone(), same);
+    fn is_local(&self, workload: &Workload) -> bool {
+        self.local_node.as_ref().is_none_or(|node| *node == workload.node)
+    }
+
+    fn link_service(&mut self, service: Arc<Service>) {
+        let id = self.services.put(service.clone());
+        self.by_key.put(self.hash_pair(&service.namespace, &service.hostname), id);
+        self.service_hosts.put(self.hash(&service.hostname), id);
         for vip in &service.vips {
-            self.vips.put(self.hash_address(&vip.network, bits(vip.ip)), service.clone(), same);
+            self.vips.put(self.hash_address(&vip.network, bits(vip.ip)), id);
         }
         for (network, prefix) in &service.cidr_vips {
-            self.ranges.put(self.hash_prefix(network, *prefix), service.clone(), same);
+            self.ranges.put(self.hash_prefix(network, *prefix), id);
             *self.range_lengths.entry(shape(*prefix)).or_default() += 1;
         }
     }
 
-    fn unlink_service(&mut self, service: &Arc<Service>) {
-        let same = |known: &Arc<Service>| known.namespace == service.namespace && known.hostname == service.hostname;
-        self.services.take(self.hash_pair(&service.namespace, &service.hostname), same);
-        self.service_hosts.take(self.hash(&service.hostname), same);
+    fn unlink_service(&mut self, id: Id, service: &Service) {
+        self.services.take(id);
+        self.by_key.take(self.hash_pair(&service.namespace, &service.hostname), id);
+        self.service_hosts.take(self.hash(&service.hostname), id);
         for vip in &service.vips {
-            self.vips.take(self.hash_address(&vip.network, bits(vip.ip)), same);
+            self.vips.take(self.hash_address(&vip.network, bits(vip.ip)), id);
         }
         for (network, prefix) in &service.cidr_vips {
-            self.ranges.take(self.hash_prefix(network, *prefix), same);
+            self.ranges.take(self.hash_prefix(network, *prefix), id);
             if let Some(count) = self.range_lengths.get_mut(&shape(*prefix)) {
                 *count -= 1;
                 if *count == 0 {
@@ -210,7 +274,6 @@ impl Tables {
                 }
             }
         }
-        self.interner.release_service(service);
     }
 }
 

@@ -402,6 +402,30 @@ fn replicas_share_their_profile_and_words_and_the_last_one_takes_them_along() {
 }
 
 #[test]
+fn a_row_is_small_and_the_name_of_a_pod_lies_in_its_uid() {
+    assert!(size_of::<Workload>() <= 80 && size_of::<Text>() == 8, "{} bytes", size_of::<Workload>());
+    let snapshot = of_workloads(&[workload("c//Pod/default/web-0", &["10.0.0.1"]), Workload { name: "else".into(), ..workload("u", &[]) }]);
+    let row = snapshot.workload("c//Pod/default/web-0").unwrap();
+    assert_eq!(row.name, "web-0");
+    assert!(row.uid.as_bytes().as_ptr_range().contains(&row.name.as_ptr()), "the name was copied");
+    assert_eq!(snapshot.workload("u").unwrap().name, "else");
+}
+
+#[test]
+fn a_uid_that_comes_twice_in_one_draft_is_one_row_the_last() {
+    let web = key("default", "web.x");
+    let mut builder = of_services(&[service("default", "web.x", &[])]).edit();
+    builder.insert_workload(backing("u", "10.0.0.1", &[&web]));
+    builder.insert_workload(workload("v", &["10.0.0.1"]));
+    builder.insert_workload(backing("u", "10.0.0.2", &[&web]));
+    let snapshot = builder.build();
+    assert_eq!(snapshot.workload_count(), 2);
+    assert_eq!(snapshot.workload_by_address("", ip("10.0.0.1")).unwrap().uid, "v");
+    assert_eq!(snapshot.workload_by_address("", ip("10.0.0.2")).unwrap().uid, "u");
+    assert_eq!(endpoints(&snapshot, &web), ["u"]);
+}
+
+#[test]
 fn the_order_of_a_workloads_services_makes_no_second_profile() {
     let (web, api) = (key("default", "web.x"), key("default", "api.x"));
     let snapshot = of_workloads(&[backing("a", "10.0.0.1", &[&web, &api]), backing("b", "10.0.0.2", &[&api, &web, &api])]);

@@ -59,7 +59,7 @@ fn workload(uid: &str, profile: Profile) -> Workload {
     Workload {
         uid: uid.into(),
         name: uid.into(),
-        addresses: Vec::new(),
+        addresses: Default::default(),
         node: "n".into(),
         hostname: "".into(),
         status: HealthStatus::Healthy,

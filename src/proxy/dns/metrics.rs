@@ -115,7 +115,7 @@ mod tests {
             Workload {
                 uid: "w".into(),
                 name: "w".into(),
-                addresses: Vec::new(),
+                addresses: Default::default(),
                 node: "n".into(),
                 hostname: "".into(),
                 status: crate::model::HealthStatus::Healthy,

@@ -26,7 +26,7 @@ fn workload(policies: &[&str]) -> Edit {
     Edit::Workload(Workload {
         uid: UID.into(),
         name: POD.into(),
-        addresses: Vec::new(),
+        addresses: Default::default(),
         node: Text::default(),
         hostname: Text::default(),
         status: Default::default(),

@@ -6,8 +6,8 @@ use super::super::tests::workload;
 use super::*;
 use crate::discovery::form::tests::rows;
 
-fn encoded(from: &wire::Workload) -> Bytes {
-    wire::Address { r#type: Some(wire::AddressType::Workload(from.clone())) }.encode_to_vec().into()
+fn encoded(from: &wire::Workload) -> Vec<u8> {
+    wire::Address { r#type: Some(wire::AddressType::Workload(from.clone())) }.encode_to_vec()
 }
 
 fn read(reader: &mut Reader, from: &wire::Workload) -> Result<Workload, String> {
@@ -64,10 +64,10 @@ proptest! {
 #[test]
 fn an_address_in_pieces_is_put_together_and_a_later_kind_wins() {
     let (one, two) = (encoded(&replica("a")), encoded(&wire::Workload { hostname: "h".into(), ..wire::Workload::default() }));
-    let Row::Workload(both) = Reader::default().row(&[&one[..], &two[..]].concat().into()).unwrap() else { panic!("a service") };
+    let Row::Workload(both) = Reader::default().row(&[&one[..], &two[..]].concat()).unwrap() else { panic!("a service") };
     assert_eq!((both.uid.as_str(), both.hostname.as_str()), ("c//Pod/shop/a", "h"));
     let service = wire::Service { namespace: "shop".into(), hostname: "web".into(), ..wire::Service::default() };
     let service = wire::Address { r#type: Some(wire::AddressType::Service(service)) }.encode_to_vec();
-    assert!(matches!(Reader::default().row(&[&one[..], &service[..]].concat().into()), Ok(Row::Service(_))));
-    assert_eq!(Reader::default().row(&Bytes::new()), Err("neither a workload nor a service".to_owned()));
+    assert!(matches!(Reader::default().row(&[&one[..], &service[..]].concat()), Ok(Row::Service(_))));
+    assert_eq!(Reader::default().row(b""), Err("neither a workload nor a service".to_owned()));
 }

@@ -16,7 +16,7 @@ fn service() -> wire::Service {
 
 fn read(from: wire::Workload) -> Result<Workload, String> {
     let address = wire::Address { r#type: Some(wire::AddressType::Workload(from)) };
-    match Reader::default().row(&address.encode_to_vec().into())? {
+    match Reader::default().row(&address.encode_to_vec())? {
         Row::Workload(workload) => Ok(workload),
         Row::Service(service) => panic!("{service:?}"),
     }

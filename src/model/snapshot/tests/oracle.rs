@@ -179,6 +179,16 @@ fn any_service() -> impl Strategy<Value = Service> {
     )
 }
 
+/// Whether a step has to do with a workload of the local node, as it was or as it will be.
+fn is_about_near(step: &Step, oracle: &Oracle) -> bool {
+    let known = |uid: &str| oracle.workloads.get(uid).is_some_and(|row| row.node == "near");
+    match step {
+        Step::Workload(workload) => workload.node == "near" || known(&workload.uid),
+        Step::Remove(name) => known(name),
+        Step::Service(_) | Step::Publish => false,
+    }
+}
+
 fn any_step() -> impl Strategy<Value = Step> {
     let names: Vec<String> =
         UIDS.iter().map(ToString::to_string).chain(NAMESPACES.iter().flat_map(|ns| HOSTS.map(|host| format!("{ns}/{host}")))).collect();
@@ -197,13 +207,19 @@ proptest! {
     fn any_order_of_inserts_and_removals_answers_like_a_search_of_the_rows(steps in proptest::collection::vec(any_step(), 0..60)) {
         let (mut oracle, mut builder) = (Oracle::default(), SnapshotBuilder::default().local_node("near".into()));
         let mut published = Vec::new();
+        let (mut local, mut touched) = (Vec::new(), false);
         for step in &steps {
+            touched |= is_about_near(step, &oracle);
             oracle.apply(step);
             match step.clone() {
                 Step::Workload(workload) => builder.insert_workload(workload),
                 Step::Service(service) => builder.insert_service(service),
                 Step::Remove(name) => drop(builder.remove(&name)),
                 Step::Publish => {
+                    let now: Vec<_> = oracle.workloads.values().filter(|row| row.node == "near").cloned().collect();
+                    prop_assert!(builder.local_changed() || now == local, "a change of this node is not told");
+                    prop_assert!(touched || !builder.local_changed(), "woken for others");
+                    (local, touched) = (now, false);
                     let snapshot = builder.build();
                     builder = snapshot.edit();
                     published.push((snapshot, oracle.clone()));
@@ -227,6 +243,7 @@ proptest! {
         prop_assert_eq!(empty.0.interner.sizes(), (0, 0));
         prop_assert!(empty.0.members.is_empty() && empty.0.vips.is_empty() && empty.0.ranges.is_empty() && empty.0.local.is_empty());
         prop_assert!(empty.0.by_address.is_empty() && empty.0.by_hostname.is_empty() && empty.0.service_hosts.is_empty());
-        prop_assert!(empty.0.range_lengths.is_empty());
+        prop_assert!(empty.0.range_lengths.is_empty() && empty.0.by_uid.is_empty() && empty.0.by_key.is_empty());
+        prop_assert!(empty.0.workloads.is_empty() && empty.0.services.is_empty());
     }
 }

@@ -57,7 +57,7 @@ fn an_endpoint_of_another_network_is_reached_by_its_gateway_under_the_services_n
         ),
         (
             "an address of one behind the gateway is unknown here",
-            vec![Workload { addresses: vec![ip("10.0.0.1")], ..by_address() }, gate()],
+            vec![Workload { addresses: ip("10.0.0.1").into(), ..by_address() }, gate()],
             vec![],
             vec![("10.0.0.1:80", "passthrough 10.0.0.1:80")],
         ),
@@ -109,7 +109,7 @@ fn an_endpoint_of_another_network_whose_gateway_cannot_be_found_is_an_error() {
     let vip = || Service { subject_alt_names: vec!["spiffe://x/ns/a/sa/b".into()], ..service("h", &["10.1.0.1"], &[(80, 8080)]) };
     let unnamed = || service("h", &["10.1.0.1"], &[(80, 8080)]);
     let gate = with(pod("gate", &["192.0.2.7"]), |profile| profile.network = "far".into());
-    let addressed = Workload { addresses: vec![ip("10.0.0.1")], ..far("far", None) };
+    let addressed = Workload { addresses: ip("10.0.0.1").into(), ..far("far", None) };
     check(vec![
         (
             "no gateway is named",
