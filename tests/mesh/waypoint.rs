@@ -171,7 +171,9 @@ fn announced(socket: &mut TcpStream) -> Announced {
 }
 
 fn accept(listener: &TcpListener) -> TcpStream {
-    let (socket, _) = listener.accept().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let (socket, _) = until(|| listener.accept().ok()).expect("nobody came");
+    socket.set_nonblocking(false).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
