@@ -138,8 +138,11 @@ impl PodProxy {
 async fn release_departed(mesh: Mesh, pool: Arc<Pool>) {
     let mut worlds = mesh.subscribe();
     while worlds.changed().await.is_ok() {
-        let world = worlds.borrow_and_update().clone();
-        pool.retain(|key| world.snapshot.workload(&key.destination).is_some());
+        {
+            // Let go of before the pause: a world that somebody holds cannot be changed in place.
+            let world = worlds.borrow_and_update().clone();
+            pool.retain(|key| world.snapshot.workload(&key.destination).is_some());
+        }
         sleep(DEPARTURES).await;
     }
 }
