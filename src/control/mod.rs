@@ -6,6 +6,10 @@
 //!
 //! It reads the mesh through `discovery`, beyond the map of design §2: the file source there already follows, checks and compares, and the
 //! control plane tells others exactly what a proxy with that file would believe.
+//!
+//! A file of 100,000 workloads and 5,000 services (39 MB of YAML) takes 6.2 s of CPU to load, nearly all of it YAML, and leaves 188 MB resident,
+//! with everything encoded (peak 289 MB). The first push to a client then takes 0.07 s of CPU. One changed workload in the file: 5 s to read it again,
+//! of which 0.3 s to find what changed, and one resource sent (`culvert control` and one client, two cores of a Sapphire Rapids virtual machine).
 
 mod authority;
 mod catalog;

@@ -2,6 +2,9 @@
 //!
 //! Rows are numbered and kept in a persistent vector (see `table`); every way to find them is a persistent tree from hashes to numbers (see
 //! `index`). A reader holds a pointer and never locks, an edit copies the few nodes on its path.
+//!
+//! 100,000 workloads and 10,000 services ask the allocator for 301 bytes a workload, everything included (`tests/mesh_memory.rs`); a workload's own
+//! row is 96 bytes, its uid and name together about 70.
 
 mod builder;
 mod index;

