@@ -18,7 +18,7 @@ const PREFIX: u32 = 8 * BITS;
 /// Numbers of rows by a hash of one of the rows' properties; each number once under a key. Two rows under one key are either equal in that property (two workloads with one
 /// address) or a collision, and the index cannot tell: every reader compares the rows themselves.
 ///
-/// A radix tree over the hash, of branches with all their children and leaves of exactly their slots. Slots own nothing: to copy a leaf is to copy
+/// A radix tree over the hash, of branches with all their children and leaves of exactly their slots, in order. Slots own nothing: to copy a leaf is to copy
 /// a few hundred bytes. 13 to 18 bytes a row, and three steps at 100,000 rows.
 #[derive(Clone)]
 pub(super) struct Index {
@@ -41,11 +41,12 @@ pub(super) struct Slot {
 impl Slot {
     #[allow(clippy::cast_possible_truncation, reason = "halves of a key")]
     pub(super) fn new(key: u64, id: Id) -> Self {
-        Self { key: [(key >> 32) as u32, key as u32], id }
+        Self { key: [key as u32, (key >> 32) as u32], id }
     }
 
     fn key(&self) -> u64 {
-        u64::from(self.key[0]) << 32 | u64::from(self.key[1])
+        // The halves lie as the whole would, so that this is one load.
+        u64::from(self.key[1]) << 32 | u64::from(self.key[0])
     }
 
     fn order(&self) -> (u64, Id) {
@@ -83,7 +84,8 @@ impl Index {
                 }
             }
         };
-        leaf.iter().filter(move |slot| slot.key() == key).map(|slot| slot.id)
+        let first = leaf.partition_point(|slot| slot.key() < key);
+        leaf.iter().skip(first).take_while(move |slot| slot.key() == key).map(|slot| slot.id)
     }
 
     /// All rows whose keys were [`grouped`] under this one; the caller compares.
@@ -153,8 +155,9 @@ impl Node {
                 if let [one] = more
                     && slots.len() < LEAF
                 {
-                    if !slots.contains(one) {
-                        *slots = slots.iter().copied().chain(once(*one)).collect();
+                    let (before, after) = slots.split_at(slots.partition_point(|slot| slot.order() < one.order()));
+                    if after.first() != Some(one) {
+                        *slots = before.iter().chain(once(one)).chain(after).copied().collect();
                     }
                     return;
                 }
@@ -295,7 +298,10 @@ mod tests {
                 let group = grouped(*key, 0);
                 prop_assert_eq!(index.under(*key).count(), oracle.iter().filter(|(other, _)| grouped(*other, 0) == group).count());
             }
-            prop_assert_eq!(index.iter().count(), oracle.len());
+            let mut all: Vec<_> = Slots::of(&index.root).map(Slot::order).collect();
+            prop_assert!(all.is_sorted(), "readers search");
+            all.dedup();
+            prop_assert_eq!(all.len(), oracle.len());
             for (key, id) in oracle {
                 prop_assert!(index.take(key, id));
             }
