@@ -52,21 +52,23 @@ impl TunnelStream {
     pub fn relay(mut self, socket: TcpStream, role: Role, meter: &Arc<Meter>) -> Relaying {
         let (done, ended) = oneshot::channel();
         let attach = Box::new(Attach { id: self.id, socket, role, meter: meter.clone(), done, slot: self.slot.take() });
-        if let Err(command) = self.inbox.send(Command::Attach(attach)) {
-            if let Command::Attach(attach) = command {
-                // The application must not take this for an end.
-                let _ = crate::sys::socket::reset_on_close(&attach.socket);
-            }
-            self.over = true;
+        let refused = self.inbox.send(Command::Attach(attach)).err();
+        if let Some(Command::Attach(attach)) = &refused {
+            // The application must not take this for an end.
+            let _ = crate::sys::socket::reset_on_close(&attach.socket);
         }
-        Relaying { stream: self, ended }
+        // From here on the result speaks for the stream.
+        self.over = true;
+        Relaying { id: self.id, inbox: self.inbox.clone(), over: refused.is_some(), ended }
     }
 }
 
 /// A stream whose bytes the tunnel's task moves.
 #[must_use = "dropping it resets the stream"]
 pub struct Relaying {
-    stream: TunnelStream,
+    id: u32,
+    inbox: Arc<Inbox<Command>>,
+    over: bool,
     ended: oneshot::Receiver<Ended>,
 }
 
@@ -75,7 +77,7 @@ impl Future for Relaying {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Ended> {
         let ended = ready!(Pin::new(&mut self.ended).poll(context));
-        self.stream.over = true;
+        self.over = true;
         Poll::Ready(ended.unwrap_or_else(|_| Ended::Disconnected(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel is gone"))))
     }
 }
@@ -83,8 +85,20 @@ impl Future for Relaying {
 impl Drop for TunnelStream {
     fn drop(&mut self) {
         if !self.over {
-            // A tunnel that is gone has no streams left to reset.
-            let _ = self.inbox.send(Command::Reset { id: self.id, reason: Reason::CANCEL });
+            give_up(&self.inbox, self.id);
         }
     }
+}
+
+impl Drop for Relaying {
+    fn drop(&mut self) {
+        if !self.over {
+            give_up(&self.inbox, self.id);
+        }
+    }
+}
+
+fn give_up(inbox: &Inbox<Command>, id: u32) {
+    // A tunnel that is gone has no streams left to reset.
+    let _ = inbox.send(Command::Reset { id, reason: Reason::CANCEL });
 }

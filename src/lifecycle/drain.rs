@@ -3,6 +3,7 @@
 //! One side holds the trigger, every task a watcher. Dropping the watcher is how a task says that it is done, so a task that
 //! ends in whatever way, panic included, is counted. Each pod has its own channel (removal is immediate), the process another.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -40,7 +41,26 @@ impl Drop for Signal {
 #[derive(Debug, Clone)]
 pub struct DrainWatcher {
     signal: watch::Receiver<Option<DrainMode>>,
+    hold: DrainHold,
+}
+
+/// Work that a drain waits for and that is told of it in another way: a third of a [`DrainWatcher`], for what every idle connection keeps.
+#[derive(Debug, Clone)]
+pub struct DrainHold(Arc<Hold>);
+
+#[derive(Debug)]
+struct Hold {
+    signal: watch::Receiver<Option<DrainMode>>,
+    /// The watchers are gone when this is.
     _alive: mpsc::Sender<()>,
+}
+
+impl DrainHold {
+    /// Whether there is no more time.
+    #[must_use]
+    pub fn is_forced(&self) -> bool {
+        *self.0.signal.borrow() == Some(DrainMode::Immediate)
+    }
 }
 
 /// A view of a drain that does not hold it up.
@@ -59,7 +79,10 @@ impl DrainObserver {
 pub fn channel() -> (DrainTrigger, DrainWatcher) {
     let (signal, receiver) = watch::channel(None);
     let (alive, watchers) = mpsc::channel(1);
-    (DrainTrigger { signal: Signal(signal), watchers }, DrainWatcher { signal: receiver, _alive: alive })
+    (
+        DrainTrigger { signal: Signal(signal), watchers },
+        DrainWatcher { hold: DrainHold(Arc::new(Hold { signal: receiver.clone(), _alive: alive })), signal: receiver },
+    )
 }
 
 impl DrainTrigger {
@@ -88,10 +111,10 @@ impl DrainWatcher {
         DrainObserver(self.signal.clone())
     }
 
-    /// Whether there is no more time.
+    /// What is left of it when somebody else wakes the work.
     #[must_use]
-    pub fn is_forced(&self) -> bool {
-        self.mode() == Some(DrainMode::Immediate)
+    pub fn into_hold(self) -> DrainHold {
+        self.hold
     }
 
     /// The drain that is on now, if any.

@@ -10,7 +10,7 @@ mod spiffe;
 mod text;
 mod workload;
 
-pub use address::{Addresses, Authority, AuthorityError, NetworkAddress, canonical, canonical_socket};
+pub use address::{Addresses, Authority, AuthorityError, CompactAddress, NetworkAddress, canonical, canonical_socket};
 pub use baggage::Baggage;
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NamespacedHostname, PortMap, Scope, Service,

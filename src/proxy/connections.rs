@@ -1,7 +1,7 @@
 //! The live connections of one pod, as `config_dump` shows them (reference, dataplane §10.2, `workloadState`).
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::model::Service;
+use crate::model::{CompactAddress, Service};
 use crate::telemetry::{Meter, Reporter};
 
 /// How the connection travels.
@@ -83,8 +83,8 @@ struct Rows {
 struct Row {
     reporter: Reporter,
     protocol: Protocol,
-    source: Packed,
-    actual: Packed,
+    source: CompactAddress,
+    actual: CompactAddress,
     original: Option<Original>,
     /// The task of the connection, once it waits.
     waker: Option<Waker>,
@@ -102,28 +102,9 @@ struct Still {
     since: Instant,
 }
 
-/// An address of the mesh, which has neither a flow label nor a scope: 20 bytes instead of 32.
-#[derive(Clone, Copy)]
-struct Packed {
-    ip: IpAddr,
-    port: u16,
-}
-
 enum Original {
-    Address(Packed),
+    Address(CompactAddress),
     Service(Arc<Service>),
-}
-
-impl From<SocketAddr> for Packed {
-    fn from(address: SocketAddr) -> Self {
-        Self { ip: address.ip(), port: address.port() }
-    }
-}
-
-impl From<Packed> for SocketAddr {
-    fn from(packed: Packed) -> Self {
-        Self::new(packed.ip, packed.port)
-    }
 }
 
 impl Row {
@@ -138,7 +119,7 @@ impl Row {
 
     fn connection(&self) -> LiveConnection {
         let original = self.original.as_ref().map(|original| match original {
-            Original::Address(packed) => Asked::Address((*packed).into()),
+            Original::Address(address) => Asked::Address((*address).into()),
             Original::Service(service) => Asked::Service(service.clone()),
         });
         LiveConnection { reporter: self.reporter, source: self.source.into(), original, actual: self.actual.into(), protocol: self.protocol }
@@ -152,6 +133,11 @@ pub struct Registration {
 }
 
 impl Registration {
+    /// Where the connection really goes, as it was registered.
+    pub(super) fn actual(&self) -> Option<CompactAddress> {
+        self.table.lock().places.get(self.place as usize).and_then(Option::as_ref).map(|row| row.actual)
+    }
+
     /// The task of `context` is woken by the next [`ConnectionTable::wake_all`]. Look at what may have changed after this, not before. Says whether
     /// the connection shall end because it was half-closed and still for too long.
     pub(super) fn listen(&self, context: &Context<'_>) -> bool {

@@ -128,7 +128,7 @@ impl Guard {
             self.0.catch_up();
             let applied = watcher.borrow_and_update().applied.clone().filter(|applied| applied.present);
             let denial = match applied.map(|applied| applied.policy.permit(&facts)) {
-                Some(Ok(permitted)) => return Some(Ok((permitted, LiveGuard { watcher, facts, doubt: None }))),
+                Some(Ok(permitted)) => return Some(Ok((permitted, LiveGuard { watcher, doubt: None }))),
                 Some(Err(denial)) if !is_unknown(&denial) => return Some(Err(denial)),
                 undecided => undecided.and_then(Result::err),
             };
@@ -142,7 +142,6 @@ impl Guard {
 /// Watches over one live connection, whose task the pod's [`ConnectionTable`] wakes when policy has changed.
 pub(super) struct LiveGuard {
     watcher: watch::Receiver<State>,
-    facts: Facts,
     /// A policy that is waited for, and until when.
     doubt: Option<Box<Doubt>>,
 }
@@ -154,12 +153,12 @@ struct Doubt {
 
 impl LiveGuard {
     /// Resolves when the connection is no longer permitted: for one that is not in the table's care yet. May be dropped and asked again.
-    pub(super) async fn denied(&mut self) -> Denial {
+    pub(super) async fn denied(&mut self, facts: &Facts) -> Denial {
         loop {
             let mut change = self.watcher.clone();
             tokio::select! {
                 biased;
-                denial = poll_fn(|context| self.poll_denied(context)) => return denial,
+                denial = poll_fn(|context| self.poll_denied(context, || facts.clone())) => return denial,
                 changed = change.changed() => if changed.is_err() {
                     // The pod's proxy is going away, and its drain ends the connection.
                     pending::<()>().await;
@@ -169,13 +168,13 @@ impl LiveGuard {
     }
 
     /// Ready when the connection is no longer permitted. Pending, the task of `context` is woken by the pod's [`ConnectionTable`], and at the end
-    /// of a doubt.
-    pub(super) fn poll_denied(&mut self, context: &mut Context<'_>) -> Poll<Denial> {
+    /// of a doubt. `facts` are those that the connection was permitted for: asked for only after a change, so that no idle connection keeps them twice.
+    pub(super) fn poll_denied(&mut self, context: &mut Context<'_>, facts: impl FnOnce() -> Facts) -> Poll<Denial> {
         // An error means that the pod's proxy is going away, and its drain ends the connection.
         if self.watcher.has_changed().unwrap_or(false) {
             let applied = self.watcher.borrow_and_update().applied.clone();
             if let Some(applied) = applied {
-                match applied.policy.recheck(&self.facts) {
+                match applied.policy.recheck(&facts()) {
                     Ok(()) => self.doubt = None,
                     Err(denial) if !is_unknown(&denial) => return Poll::Ready(denial),
                     // A policy that went together with its workload is no reason to cut what it permitted.

@@ -184,14 +184,14 @@ fn facts(pod: &PodProxy, tunnel: &Tunnel, routed: &Routed, asked: &ConnectReques
     ConnectionFacts {
         reporter: Reporter::Destination,
         source: PeerFacts {
-            address: tunnel.client,
+            address: tunnel.client.into(),
             workload: source,
             identity: Some(tunnel.peer.clone()),
             // Nothing of it is used for a workload that we know.
             baggage: asked.baggage.clone().filter(|_| config.baggage && !known).map(Box::new),
         },
         destination: PeerFacts {
-            address: routed.identified.accepted.destination,
+            address: routed.identified.accepted.destination.into(),
             workload: Some(workload.clone()),
             identity: workload.identity().ok(),
             baggage: None,

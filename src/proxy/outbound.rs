@@ -210,7 +210,7 @@ async fn establish(pod: &PodProxy, journey: &Journey) -> Result<Upstream, Error>
             let request = ConnectRequest { forwarded_network: Some(network), reset_is_end: *waypoint, ..outer.clone() };
             let (stream, answer, peer) = pod.pool.open_within(&key, &credential, &outer, Inner { expected, request: &request }).await?;
             let baggage = answer.baggage.filter(|_| pod.node.config.baggage).map(Box::new);
-            Ok(Upstream::Tunnel(stream, Some(PeerFacts { address: *next_hop, workload: None, identity: Some(peer), baggage })))
+            Ok(Upstream::Tunnel(stream, Some(PeerFacts { address: (*next_hop).into(), workload: None, identity: Some(peer), baggage })))
         }
     }
 }
@@ -253,8 +253,13 @@ fn facts(source: &Arc<Workload>, client: SocketAddr, route: &Route) -> Connectio
     let destination_identity = destination.as_deref().and_then(identity);
     ConnectionFacts {
         reporter: Reporter::Source,
-        source: PeerFacts { address: client, workload: Some(source.clone()), identity: identity(source).filter(|_| mutual_tls), baggage: None },
-        destination: PeerFacts { address: next_hop(route), workload: destination, identity: destination_identity, baggage: None },
+        source: PeerFacts {
+            address: client.into(),
+            workload: Some(source.clone()),
+            identity: identity(source).filter(|_| mutual_tls),
+            baggage: None,
+        },
+        destination: PeerFacts { address: next_hop(route).into(), workload: destination, identity: destination_identity, baggage: None },
         service: service(route).cloned(),
         hbone_target,
         mutual_tls,

@@ -63,12 +63,12 @@ fn facts(pod: &PodProxy, client: SocketAddr, target: SocketAddr, workload: &Arc<
     ConnectionFacts {
         reporter: Reporter::Destination,
         source: PeerFacts {
-            address: client,
+            address: client.into(),
             workload: world.snapshot.workload_by_address(&pod.node.config.route.network, client.ip()),
             identity: None,
             baggage: None,
         },
-        destination: PeerFacts { address: target, workload: Some(workload.clone()), identity: workload.identity().ok(), baggage: None },
+        destination: PeerFacts { address: target.into(), workload: Some(workload.clone()), identity: workload.identity().ok(), baggage: None },
         service: route::inbound::intended_service(&world.snapshot, workload, None, target.port()),
         hbone_target: None,
         mutual_tls: false,

@@ -295,7 +295,14 @@ impl Call<'_> {
     fn to_waypoint(&self, instance: gateway::Instance, service: Option<Arc<Service>>) -> Result<Route, RouteError> {
         let next_hop = instance.address(self.destination, self.resolved)?;
         let expected = expected_identities(&instance.workload, instance.service.as_deref())?;
-        Ok(Route::Hbone { workload: instance.workload, service, next_hop, authority: Authority::Address(self.destination), expected, waypoint: true })
+        Ok(Route::Hbone {
+            workload: instance.workload,
+            service,
+            next_hop,
+            authority: Authority::Address(self.destination.into()),
+            expected,
+            waypoint: true,
+        })
     }
 
     /// To an address of a service; `own` if it is an address of a workload as well, which decides about waypoints. Fails where the reference goes
@@ -359,7 +366,7 @@ fn connect(workload: Arc<Workload>, service: Option<Arc<Service>>, address: Sock
         TunnelProtocol::Hbone => {
             let expected = expected_identities(&workload, service.as_deref())?;
             let next_hop = SocketAddr::new(address.ip(), HBONE_PORT);
-            Ok(Route::Hbone { workload, service, next_hop, authority: Authority::Address(address), expected, waypoint: false })
+            Ok(Route::Hbone { workload, service, next_hop, authority: Authority::Address(address.into()), expected, waypoint: false })
         }
     }
 }

@@ -201,19 +201,23 @@ impl Identified {
 impl Routed {
     /// Asks policy.
     pub(super) async fn permit(self, pod: &PodProxy) -> Result<Cleared, Error> {
-        let facts = Facts {
-            identity: self.identified.identity.clone(),
-            source_ip: self.identified.accepted.source.ip(),
-            destination_ip: self.target.ip(),
-            destination_port: self.target.port(),
-        };
-        let decision = pod.guard.permit(facts).await;
+        let decision = pod.guard.permit(self.facts()).await;
         if let Some(decision) = &decision {
             self.log(decision.as_ref().map(|(permitted, _)| permitted), pod.node.config.policy_info);
         }
         let unknown = || Error::LocalWorkloadUnknown(self.identified.workload.uid.to_string());
         let (permitted, guard) = decision.ok_or_else(unknown)?.map_err(Error::Rejected)?;
         Ok(Cleared { routed: self, permitted, guard })
+    }
+
+    /// What policy may know.
+    fn facts(&self) -> Facts {
+        Facts {
+            identity: self.identified.identity.clone(),
+            source_ip: self.identified.accepted.source.ip(),
+            destination_ip: self.target.ip(),
+            destination_port: self.target.port(),
+        }
     }
 
     async fn dial(&self, pod: &PodProxy) -> io::Result<TcpStream> {
@@ -268,9 +272,10 @@ impl Cleared {
     /// Dials the application, which shall see the client's address: as the source of the connection, or in a PROXY header in front of its bytes.
     pub(super) async fn connect(self, pod: &PodProxy) -> Result<Connected, Error> {
         let Self { routed, permitted, mut guard } = self;
+        let facts = routed.facts();
         tokio::select! {
             biased;
-            denial = guard.denied() => Err(Error::Cut(denial)),
+            denial = guard.denied(&facts) => Err(Error::Cut(denial)),
             socket = routed.dial(pod) => {
                 let socket = socket.map_err(Error::Connect)?;
                 Ok(Connected { socket, permitted, guard })

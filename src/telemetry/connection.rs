@@ -16,21 +16,19 @@ pub struct OpenConnection {
     table: Arc<SeriesTable>,
     facts: ConnectionFacts,
     meter: Arc<Meter>,
-    /// The label set that counted the opening, and will count the end.
-    opened: Arc<Series>,
+    /// The label set that counted the opening, and will count the end; none once it has.
+    opened: Option<Arc<Series>>,
     /// The label set that counts the bytes.
     metered: Arc<Series>,
-    number: u64,
     started: Instant,
-    ended: bool,
 }
 
 impl OpenConnection {
     pub(super) fn open(table: Arc<SeriesTable>, facts: ConnectionFacts) -> Self {
         let meter = Arc::new(Meter::default());
-        let (opened, number) = table.open(Labels::of(&facts), facts.reporter, &meter);
+        let opened = table.open(Labels::of(&facts), facts.reporter, &meter);
         access::opened(&facts);
-        Self { table, facts, meter, metered: Arc::clone(&opened), opened, number, started: Instant::now(), ended: false }
+        Self { table, facts, meter, metered: Arc::clone(&opened), opened: Some(opened), started: Instant::now() }
     }
 
     /// The byte counters. Whoever moves the bytes keeps a clone; bytes counted after the close appear nowhere.
@@ -49,7 +47,7 @@ impl OpenConnection {
     /// counted under the labels of the opening, so that opened minus closed is right for every label set.
     pub fn amend(&mut self, change: impl FnOnce(&mut ConnectionFacts)) {
         change(&mut self.facts);
-        self.metered = self.table.relabel(&self.metered, self.number, Labels::of(&self.facts), self.facts.reporter);
+        self.metered = self.table.relabel(&self.metered, &self.meter, Labels::of(&self.facts), self.facts.reporter);
     }
 
     /// Ends the connection. Call it when its bytes have stopped.
@@ -58,10 +56,8 @@ impl OpenConnection {
     }
 
     fn end(&mut self, end: &ConnectionEnd) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let totals = self.table.close(&self.opened, &self.metered, self.number, end.flag);
+        let Some(opened) = self.opened.take() else { return };
+        let totals = self.table.close(&opened, &self.metered, &self.meter, end.flag);
         access::complete(&self.facts, totals, self.started.elapsed(), end);
     }
 }

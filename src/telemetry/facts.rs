@@ -1,9 +1,8 @@
 //! What is known about a connection when it is recorded.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::model::{Authority, Baggage, Service, SpiffeId, Text, Workload};
+use crate::model::{Authority, Baggage, CompactAddress, Service, SpiffeId, Text, Workload};
 
 /// Which end of the connection this proxy stands at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -81,7 +80,7 @@ impl ResponseFlag {
 #[derive(Debug, Clone)]
 pub struct PeerFacts {
     /// Its address. For the destination: the actual next hop (such as pod:15008), or the real destination of plain TCP.
-    pub address: SocketAddr,
+    pub address: CompactAddress,
     /// The workload that we know it to be. When set, nothing of the baggage is used: a claim does not fill gaps of a fact.
     pub workload: Option<Arc<Workload>>,
     /// The identity of its certificate (or our own, on the side of this proxy). Shown only when the connection is mutual TLS.
@@ -93,8 +92,8 @@ pub struct PeerFacts {
 impl PeerFacts {
     /// An end of which only the address is known.
     #[must_use]
-    pub fn unknown(address: SocketAddr) -> Self {
-        Self { address, workload: None, identity: None, baggage: None }
+    pub fn unknown(address: impl Into<CompactAddress>) -> Self {
+        Self { address: address.into(), workload: None, identity: None, baggage: None }
     }
 }
 

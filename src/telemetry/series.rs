@@ -6,6 +6,7 @@
 //! uncontended atomic addition, a scrape is exact to the moment, and nothing has to be swept.
 
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -67,6 +68,28 @@ impl Meter {
     }
 }
 
+/// A live connection's meter, as the key of what is known about it: itself and no other, whatever they show.
+#[derive(Debug)]
+struct Watched(Arc<Meter>);
+
+impl PartialEq for Watched {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Watched {}
+
+impl Hash for Watched {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).hash(state);
+    }
+}
+
+fn shown(before: Option<&(u64, u64)>) -> (u64, u64) {
+    before.copied().unwrap_or_default()
+}
+
 /// One label set.
 #[derive(Debug)]
 pub(super) struct Series {
@@ -80,8 +103,8 @@ pub(super) struct Series {
 struct State {
     /// What closed connections left, and all opens and ends.
     counts: Counts,
-    /// Meters of live connections by connection number, with the bytes that they had shown to another label set before.
-    live: HashMap<u64, (Arc<Meter>, (u64, u64))>,
+    /// Meters of live connections, with the bytes that they had shown to another label set before (received, sent).
+    live: HashMap<Watched, Option<Box<(u64, u64)>>>,
     /// Connections opened here that have not ended, wherever their meter is now.
     open: u64,
     lines: usize,
@@ -110,10 +133,11 @@ impl Series {
     fn counts(&self) -> Counts {
         let state = self.state();
         let mut counts = state.counts.clone();
-        for (meter, before) in state.live.values() {
-            let (received, sent) = meter.totals();
-            counts.received += received.saturating_sub(before.0);
-            counts.sent += sent.saturating_sub(before.1);
+        for (meter, before) in &state.live {
+            let (received, sent) = meter.0.totals();
+            let (received_before, sent_before) = shown(before.as_deref());
+            counts.received += received.saturating_sub(received_before);
+            counts.sent += sent.saturating_sub(sent_before);
         }
         counts
     }
@@ -121,12 +145,13 @@ impl Series {
 
 impl State {
     /// Takes a live meter out; its bytes stay. Returns what it showed.
-    fn settle(&mut self, connection: u64) -> Option<(Arc<Meter>, (u64, u64))> {
-        let (meter, before) = self.live.remove(&connection)?;
+    fn settle(&mut self, meter: &Arc<Meter>) -> Option<(u64, u64)> {
+        let before = self.live.remove(&Watched(Arc::clone(meter)))?;
         let (received, sent) = meter.totals();
-        self.counts.received += received.saturating_sub(before.0);
-        self.counts.sent += sent.saturating_sub(before.1);
-        Some((meter, (received, sent)))
+        let (received_before, sent_before) = shown(before.as_deref());
+        self.counts.received += received.saturating_sub(received_before);
+        self.counts.sent += sent.saturating_sub(sent_before);
+        Some((received, sent))
     }
 }
 
@@ -176,33 +201,31 @@ impl SeriesTable {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts an opened connection and starts to watch its meter. The number names the connection in [`Series::state`].
-    pub(super) fn open(&self, labels: Labels, reporter: Reporter, meter: &Arc<Meter>) -> (Arc<Series>, u64) {
-        let connection = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let series = self.with_series(labels, reporter, |state| {
+    /// Counts an opened connection and starts to watch its meter.
+    pub(super) fn open(&self, labels: Labels, reporter: Reporter, meter: &Arc<Meter>) -> Arc<Series> {
+        self.with_series(labels, reporter, |state| {
             state.counts.opened += 1;
             state.open += 1;
-            state.live.insert(connection, (Arc::clone(meter), (0, 0)));
-        });
-        (series, connection)
+            state.live.insert(Watched(Arc::clone(meter)), None);
+        })
     }
 
     /// Lets further bytes of a connection count for other labels; what it moved so far stays where it is.
-    pub(super) fn relabel(&self, from: &Arc<Series>, connection: u64, labels: Labels, reporter: Reporter) -> Arc<Series> {
+    pub(super) fn relabel(&self, from: &Arc<Series>, meter: &Arc<Meter>, labels: Labels, reporter: Reporter) -> Arc<Series> {
         if from.labels == labels {
             return Arc::clone(from);
         }
-        let settled = from.state().settle(connection);
+        let settled = from.state().settle(meter);
         self.with_series(labels, reporter, |state| {
-            if let Some(settled) = settled {
-                state.live.insert(connection, settled);
+            if let Some(shown) = settled {
+                state.live.insert(Watched(Arc::clone(meter)), Some(Box::new(shown)));
             }
         })
     }
 
     /// Counts the end of a connection: under the labels that it was opened with, so that opened and closed pair per label set.
-    pub(super) fn close(&self, opened: &Arc<Series>, metered: &Arc<Series>, connection: u64, flag: ResponseFlag) -> (u64, u64) {
-        let totals = metered.state().settle(connection).map_or((0, 0), |(_, totals)| totals);
+    pub(super) fn close(&self, opened: &Arc<Series>, metered: &Arc<Series>, meter: &Arc<Meter>, flag: ResponseFlag) -> (u64, u64) {
+        let totals = metered.state().settle(meter).unwrap_or_default();
         let place = flag as usize;
         let mut state = opened.state();
         state.open = state.open.saturating_sub(1);

@@ -58,7 +58,7 @@ fn outbound() -> ConnectionFacts {
             name: "web".into(),
             ..Service::default()
         })),
-        hbone_target: Some(Authority::Address(address("10.0.0.2:80"))),
+        hbone_target: Some(Authority::Address(address("10.0.0.2:80").into())),
         mutual_tls: true,
     }
 }

@@ -308,7 +308,7 @@ impl Tunnel {
             }
             Phase::Open | Phase::Relaying(_) => {}
         }
-        let is_used_up = tunnel_is_used_up || stream.granted.may_be_waited_for(stream.receive_window);
+        let is_used_up = tunnel_is_used_up || stream.granted.may_be_waited_for(i64::from(stream.receive_window));
         if reason == Reason::NO_ERROR || (reason == Reason::CONNECT_ERROR && stream.reset_is_end && !is_used_up) {
             // A whole answer came, and the peer wants no more of ours (RFC 9113 §8.1).
             stream.received_end = true;

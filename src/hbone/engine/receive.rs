@@ -260,7 +260,7 @@ impl Tunnel {
             increment += more;
         }
         stream.owed = 0;
-        stream.receive_window += i64::from(increment);
+        stream.receive_window = stream.receive_window.saturating_add_unsigned(increment);
         stream.granted.note(increment);
         let id = stream.id;
         frame::put(&mut self.control, frame::WINDOW_UPDATE, 0, id, &increment.to_be_bytes());
@@ -290,7 +290,7 @@ impl Tunnel {
         self.data += head.length as u64;
         self.windows.observe(self.data);
         if let Some(stream) = self.streams.slot_of(head.stream).and_then(|slot| self.streams.at(slot)) {
-            stream.receive_window -= length;
+            stream.receive_window = stream.receive_window.saturating_sub_unsigned(u32::try_from(head.length).unwrap_or(u32::MAX));
             if stream.receive_window < 0 {
                 self.temper.local_reset()?;
                 let slot = self.streams.slot_of(head.stream).unwrap_or_default();

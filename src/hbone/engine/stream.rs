@@ -1,6 +1,6 @@
 //! One stream: its windows, its application's socket, and what waits for that socket.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -117,8 +117,8 @@ pub(super) struct Stream {
     pub(super) phase: Phase,
     /// Octets that the peer lets us send.
     pub(super) send_window: i64,
-    /// Octets that the peer may still send.
-    pub(super) receive_window: i64,
+    /// Octets that the peer may still send: at most 2^31 - 1 (RFC 9113 §6.9.1), and after a frame too many as much below zero as a frame is long.
+    pub(super) receive_window: i32,
     /// The last credit that the peer was given.
     pub(super) granted: Granted,
     /// What a reset with CONNECT_ERROR means; see [`ConnectRequest::reset_is_end`](crate::hbone::ConnectRequest::reset_is_end).
@@ -203,7 +203,7 @@ impl Stream {
             id,
             phase,
             send_window,
-            receive_window: i64::from(receive_window),
+            receive_window: i32::try_from(receive_window).unwrap_or(i32::MAX),
             granted: Granted::default(),
             reset_is_end: false,
             owed: 0,
@@ -360,6 +360,8 @@ pub(super) struct Streams {
     by_id: HashMap<u32, u32, BuildHasherDefault<IdHasher>>,
     /// Streams that we reset a moment ago: what the peer had sent by then is no error of its.
     reset: HashMap<u32, Instant>,
+    /// The same in the order of their ends, so that the old ones are found without a search.
+    reset_in_order: VecDeque<u32>,
 }
 
 /// Streams that we reset and whose late frames we ignore, and for how long.
@@ -369,24 +371,22 @@ const RESET_MEMORY: Duration = Duration::from_secs(10);
 impl Streams {
     /// Remembers that we reset a stream.
     pub(super) fn note_reset(&mut self, id: u32) {
-        let now = Instant::now();
-        if self.reset.len() >= RESET_STREAMS {
-            self.reset.retain(|_, since| now.duration_since(*since) < RESET_MEMORY);
+        while let Some(oldest) = self.reset_in_order.front().copied().filter(|oldest| !self.was_reset(*oldest)) {
+            self.reset.remove(&oldest);
+            self.reset_in_order.pop_front();
         }
-        if self.reset.len() < RESET_STREAMS {
-            self.reset.insert(id, now);
-        }
+        self.remember_reset(id, Instant::now());
     }
 
     /// The streams that we reset, and when.
     pub(super) fn recently_reset(&self) -> impl Iterator<Item = (u32, Instant)> {
-        self.reset.iter().map(|(id, since)| (*id, *since))
+        self.reset_in_order.iter().filter_map(|id| self.reset.get(id).map(|since| (*id, *since)))
     }
 
     /// Puts back what [`Streams::recently_reset`] told.
     pub(super) fn remember_reset(&mut self, id: u32, since: Instant) {
-        if self.reset.len() < RESET_STREAMS {
-            self.reset.insert(id, since);
+        if self.reset.len() < RESET_STREAMS && self.reset.insert(id, since).is_none() {
+            self.reset_in_order.push_back(id);
         }
     }
 
@@ -438,3 +438,35 @@ impl Streams {
 }
 
 pub(super) type Wakes = Arc<Inbox<Command>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The next size that allocators have is 192.
+    #[tokio::test(start_paused = true)]
+    async fn resets_are_remembered_for_ten_seconds_and_a_thousand_at_most() {
+        let mut streams = Streams::default();
+        let limit = u32::try_from(RESET_STREAMS).unwrap_or(u32::MAX);
+        for id in 0..limit / 2 {
+            streams.note_reset(id);
+        }
+        tokio::time::advance(RESET_MEMORY / 2).await;
+        for id in limit / 2..limit + 10 {
+            streams.note_reset(id);
+        }
+        assert!(streams.was_reset(0) && streams.was_reset(limit - 1));
+        assert!(!streams.was_reset(limit), "there was no room");
+        tokio::time::advance(RESET_MEMORY / 2).await;
+        streams.note_reset(limit);
+        assert!(!streams.was_reset(0) && streams.was_reset(limit / 2) && streams.was_reset(limit));
+        let mut kept: Vec<u32> = streams.recently_reset().map(|(id, _)| id).collect();
+        kept.sort_unstable();
+        assert_eq!(kept, (limit / 2..=limit).collect::<Vec<_>>(), "the old ones have made room");
+    }
+
+    #[test]
+    fn a_stream_fits_into_160_bytes() {
+        assert!(size_of::<Stream>() <= 160, "{}", size_of::<Stream>());
+    }
+}

@@ -83,7 +83,7 @@ async fn a_change_between_the_decision_and_the_watch_is_not_lost() {
     let (mut publisher, guard, _derivation) = guarded([workload(&[])]);
     let mut live = live(&guard).await;
     publisher.publish([everybody("no", Scope::Namespace, Action::Deny)]);
-    assert_eq!(live.denied().await.to_string(), DENIED);
+    assert_eq!(live.denied(&facts()).await.to_string(), DENIED);
 }
 
 #[tokio::test(start_paused = true)]
@@ -100,7 +100,7 @@ async fn a_policy_reaches_live_connections_however_it_comes_to_apply() {
         let (mut publisher, guard, _derivation) = guarded(before.into_iter().chain([workload(&[])]));
         let mut live = live(&guard).await;
         publisher.publish(after);
-        assert_eq!(live.denied().await.to_string(), DENIED);
+        assert_eq!(live.denied(&facts()).await.to_string(), DENIED);
     }
 }
 
@@ -116,7 +116,7 @@ async fn a_live_connection_goes_on_while_the_verdict_stays() {
     ];
     for edit in edits {
         publisher.publish([edit]);
-        assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT * 2, live.denied()).await.is_err());
+        assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT * 2, live.denied(&facts())).await.is_err());
     }
 }
 
@@ -147,14 +147,14 @@ async fn a_live_connection_waits_a_second_for_a_policy_not_yet_known_and_no_long
     let mut second = live(&guard).await;
     publisher.publish([workload(&["shop/no"])]);
     let began = Instant::now();
-    assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT / 2, first.denied()).await.is_err());
+    assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT / 2, first.denied(&facts())).await.is_err());
     publisher.publish([everybody("all", Scope::Namespace, Action::Allow)]);
-    assert_eq!(first.denied().await.to_string(), UNKNOWN);
+    assert_eq!(first.denied(&facts()).await.to_string(), UNKNOWN);
     assert_eq!(began.elapsed(), UNKNOWN_POLICY_WAIT);
     // One that nobody has asked in the meantime may go on a little, but what arrives is followed at once.
     publisher.publish([everybody("no", Scope::WorkloadSelector, Action::Deny)]);
-    assert_eq!(second.denied().now_or_never().map(|denial| denial.to_string()), None);
-    assert_eq!(second.denied().await.to_string(), DENIED);
+    assert_eq!(second.denied(&facts()).now_or_never().map(|denial| denial.to_string()), None);
+    assert_eq!(second.denied(&facts()).await.to_string(), DENIED);
     assert_eq!(began.elapsed(), UNKNOWN_POLICY_WAIT);
 }
 
@@ -186,9 +186,9 @@ async fn a_live_connection_outlives_its_workload_and_its_policy_but_not_a_denial
     let (mut publisher, guard, _derivation) = guarded([workload(&["shop/all"]), everybody("all", Scope::WorkloadSelector, Action::Allow)]);
     let mut live = live(&guard).await;
     publisher.publish([Edit::Remove(UID.into()), Edit::RemovePolicy("shop/all".into())]);
-    assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT * 2, live.denied()).await.is_err());
+    assert!(tokio::time::timeout(UNKNOWN_POLICY_WAIT * 2, live.denied(&facts())).await.is_err());
     publisher.publish([everybody("no", Scope::Global, Action::Deny)]);
-    assert_eq!(live.denied().await.to_string(), DENIED);
+    assert_eq!(live.denied(&facts()).await.to_string(), DENIED);
 }
 
 #[tokio::test(start_paused = true)]
@@ -214,7 +214,7 @@ async fn ten_thousand_live_connections_are_rechecked_within_half_a_second() {
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..10_000 {
             let mut live = live(&guard).await;
-            tasks.spawn(async move { live.denied().await });
+            tasks.spawn(async move { live.denied(&facts()).await });
         }
         tokio::task::yield_now().await;
         let began = Instant::now();

@@ -66,7 +66,7 @@ impl Validated<'_> {
         let moved = tunnel.and_then(|tunnel| tunnel.port);
         let announces = tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy);
         let (port, announce) = match self.authority {
-            Authority::Address(requested) => (requested.port(), announces.then(|| canonical_socket(*requested))),
+            Authority::Address(requested) => (requested.port(), announces.then(|| canonical_socket((*requested).into()))),
             Authority::Host(hostname, port) => {
                 let namespace = Some(self.workload.profile.namespace.as_str());
                 let service = self.snapshot.service_by_hostname(hostname, namespace).ok_or_else(|| RouteError::NoService(hostname.clone()))?;

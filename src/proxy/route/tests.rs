@@ -100,7 +100,11 @@ fn shown(route: Result<Route, RouteError>) -> String {
         Ok(Route::Passthrough { destination, service }) => format!("passthrough {destination}{}", named(service)),
         Ok(Route::Tcp { workload, service, address }) => format!("tcp {} {address}{}", workload.name, named(service)),
         Ok(Route::Hbone { workload, service, next_hop, authority, expected, waypoint }) => {
-            assert_eq!(waypoint, ["way", "lone"].contains(&workload.name.as_str()) && authority != Authority::Address(next_hop), "{authority}");
+            assert_eq!(
+                waypoint,
+                ["way", "lone"].contains(&workload.name.as_str()) && authority != Authority::Address(next_hop.into()),
+                "{authority}"
+            );
             format!("hbone {} {next_hop} for {authority}{} as {}", workload.name, named(service), accounts(expected))
         }
         Ok(Route::Beyond { gateway, service, next_hop, authority, gateway_expected, expected, waypoint }) => {

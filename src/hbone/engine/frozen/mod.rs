@@ -301,7 +301,7 @@ fn part_from(mut stream: Stream) -> Option<StreamState> {
         id: stream.id,
         role,
         send_window: stream.send_window,
-        receive_window: stream.receive_window,
+        receive_window: i64::from(stream.receive_window),
         owed: stream.owed,
         target_window: stream.target_window,
         sent_end: stream.sent_end,

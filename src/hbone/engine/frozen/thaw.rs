@@ -141,7 +141,8 @@ impl State {
         }
         for stream in &mut self.streams.0 {
             let mut taken = Stream::new(stream.id, Phase::Open, stream.send_window, stream.target_window);
-            taken.receive_window = stream.receive_window;
+            // Checked when it was read.
+            taken.receive_window = i32::try_from(stream.receive_window).unwrap_or(i32::MAX);
             taken.owed = stream.owed;
             (taken.sent_end, taken.received_end, taken.shut_down) = (stream.sent_end, stream.received_end, stream.shut_down);
             taken.backlog.push(&std::mem::take(&mut stream.backlog));

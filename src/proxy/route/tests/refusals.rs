@@ -80,7 +80,7 @@ proptest! {
                 prop_assert!(!expected.is_empty() && next_hop.port() == HBONE_PORT);
                 if workload.name == "way" {
                     prop_assert_eq!(*next_hop, way_hop);
-                    prop_assert_eq!(authority, &Authority::Address(socket(&destination)));
+                    prop_assert_eq!(authority, &Authority::Address(socket(&destination).into()));
                     prop_assert!(way_is_there && !way_is_far);
                 } else {
                     prop_assert!(hbone && !far);
