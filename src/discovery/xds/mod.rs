@@ -10,7 +10,8 @@
 //! What a mesh of 100,000 workloads (of 15,000 kinds) and 5,000 services costs, by `cargo bench --bench xds` on two cores of a Sapphire Rapids
 //! virtual machine, TLS and HTTP/2 included: the first push, about 45 MB, 0.30 s of CPU (before pushes were read where they lie and indexes
 //! filled in bulk: 0.42 to 0.53 s); after it 46 MB resident more than before it (79 MB, of which 12 MB came back within another 10 s), the peak
-//! 105 to 112 MB (152 MB). Then 100 changes a second: 0.8 to 0.9 % of a core, nearly all of it the kernel, TLS and HTTP/2, for a change itself takes
+//! 105 to 112 MB (152 MB). Then 100 changes a second: 0.8 to 0.9 % of a core (a later
+//! build of the whole crate, on a slower day: 1.8 %), nearly all of it the kernel, TLS and HTTP/2, for a change itself takes
 //! 1.3 µs to make and publish (`cargo bench --bench lookup`). Look-ups meanwhile: p99 5 µs, the longest of 9,400 0.1 ms.
 
 mod apply;
