@@ -14,6 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use crate::sys::netns::NetNs;
 use crate::sys::nft;
 use crate::sys::route::{MarkedLocalRoute, install_marked_local_route, ipv6_usable, remove_marked_local_route};
+use crate::sys::socket::BORROWED_MARK_BIT;
 
 /// The table that holds all rules of ours in a pod.
 pub const TABLE: &str = "culvert";
@@ -137,8 +138,8 @@ pub fn script(config: &RulesConfig) -> Result<String, RulesError> {
     let _ = writeln!(text, "add table inet {TABLE}\nflush table inet {TABLE}\ntable inet {TABLE} {{");
     if config.dns_capture {
         chain(&mut text, "raw_prerouting", "type filter hook prerouting priority -300", &raw_prerouting());
-        chain(&mut text, "raw_output", "type filter hook output priority -300", &raw_output());
     }
+    chain(&mut text, "raw_output", "type filter hook output priority -300", &raw_output(config));
     chain(&mut text, "mangle_prerouting", "type filter hook prerouting priority -150", &mangle_prerouting());
     // A chain of type route looks the route up again when the mark has changed.
     chain(&mut text, "mangle_output", "type route hook output priority -150", &mangle_output());
@@ -171,9 +172,20 @@ fn raw_prerouting() -> Vec<Rule> {
     vec![(format!("udp sport 53 {NOT_OURS} counter ct zone set 1"), "answers to the proxy's own DNS queries")]
 }
 
-/// Row 12.
-fn raw_output() -> Vec<Rule> {
-    vec![(format!("udp dport 53 {OURS} counter ct zone set 1"), "the proxy's own DNS queries, apart from the pod's")]
+/// Row 12, and one that the table does not have. A connection with a borrowed source address looks like one of the address's owner; now and then
+/// the kernels of both choose the same port, and connection tracking takes the two for one: the owner's would miss its redirection, and be refused, be
+/// reset or hear nothing. The zone is that of the proxy's own direction only: answers know of no zone, and are found without one.
+///
+/// The mark has a bit that the rules of istio-cni do not look at, so that a proxy which does not set it is served as before, and connections that were
+/// there before these rules stay what they were.
+fn raw_output(config: &RulesConfig) -> Vec<Rule> {
+    let dns = (format!("udp dport 53 {OURS} counter ct zone set 1"), "the proxy's own DNS queries, apart from the pod's");
+    let mark = 0x539 | BORROWED_MARK_BIT;
+    let borrowed = (
+        format!("{TCP} meta mark & {:#x} == {mark:#x} counter ct original zone set 2", 0xfff | BORROWED_MARK_BIT),
+        "borrowed addresses, apart from their owners",
+    );
+    config.dns_capture.then_some(dns).into_iter().chain([borrowed]).collect()
 }
 
 /// Row 4.

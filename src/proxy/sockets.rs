@@ -10,9 +10,10 @@ use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 use super::Config;
 use crate::hbone::Dialer;
+use crate::pods::PACKET_MARK;
 use crate::sys::datagram::dial_udp;
 use crate::sys::netns::NetNs;
-use crate::sys::socket::{DialOptions, dial_socket};
+use crate::sys::socket::{BORROWED_MARK_BIT, DialOptions, dial_socket};
 use crate::telemetry::limited;
 
 /// Dials for one pod.
@@ -30,7 +31,9 @@ impl PodSockets {
     #[must_use]
     pub fn new(netns: Option<NetNs>, may_spoof: bool, config: &Config) -> Self {
         let user_timeout = config.keepalive.as_ref().filter(|_| config.user_timeout).map(crate::sys::socket::Keepalive::user_timeout);
-        let options = DialOptions { mark: config.mark, keepalive: config.keepalive, user_timeout };
+        // Only the bits that the reference's rules look at are known to be the proxy's; with another mark, nobody knows what the rules look at.
+        let borrowed_mark = config.mark.map(|mark| if mark == PACKET_MARK { mark | BORROWED_MARK_BIT } else { mark });
+        let options = DialOptions { mark: config.mark, borrowed_mark, keepalive: config.keepalive, user_timeout };
         Self { netns, options, connect_timeout: config.connect_timeout, may_spoof }
     }
 

@@ -10,6 +10,9 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
+/// The bit of `SO_MARK` by which rules tell the connections of a borrowed source address from those of its owner.
+pub const BORROWED_MARK_BIT: u32 = 0x1000;
+
 /// TCP keepalive of one socket (reference, dataplane §1.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
@@ -138,10 +141,12 @@ pub fn listen_tcp(address: SocketAddr, options: &ListenOptions) -> io::Result<Li
 }
 
 /// Options of a socket that is about to connect.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct DialOptions {
     /// `SO_MARK`; without the mark, a pod's rules would redirect the connection back to the proxy.
     pub mark: Option<u32>,
+    /// The same for sockets that borrow a source address, so that rules can tell their connections from those of its owner.
+    pub borrowed_mark: Option<u32>,
     /// TCP keepalive; `None` switches it off.
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT`; `None` leaves the kernel's.
@@ -162,7 +167,7 @@ pub fn dial_socket(target: SocketAddr, source: Option<SocketAddr>, options: &Dia
         && source_ip != target_ip
         && source_ip.is_ipv4() == target_ip.is_ipv4()
     {
-        let socket = plain_socket(target_ip, options)?;
+        let socket = plain_socket(target_ip, &DialOptions { mark: options.borrowed_mark, ..*options })?;
         if bind_foreign(&socket, source_ip).is_ok() {
             return Ok((socket, true));
         }

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
@@ -26,6 +26,7 @@ table inet culvert {
     chain raw_output {
         type filter hook output priority -300; policy accept;
         udp dport 53 meta mark & 0xfff == 0x539 counter ct zone set 1 comment "the proxy's own DNS queries, apart from the pod's"
+        meta l4proto tcp meta mark & 0x1fff == 0x1539 counter ct original zone set 2 comment "borrowed addresses, apart from their owners"
     }
     chain mangle_prerouting {
         type filter hook prerouting priority -150; policy accept;
@@ -80,7 +81,8 @@ fn dns_capture_adds_redirects_before_the_outbound_ones_and_a_connection_tracking
     assert_eq!(
         chain_of(&config, "raw_output"),
         "type filter hook output priority -300; policy accept;\n\
-         udp dport 53 meta mark & 0xfff == 0x539 counter ct zone set 1 comment \"the proxy's own DNS queries, apart from the pod's\"\n"
+         udp dport 53 meta mark & 0xfff == 0x539 counter ct zone set 1 comment \"the proxy's own DNS queries, apart from the pod's\"\n\
+         meta l4proto tcp meta mark & 0x1fff == 0x1539 counter ct original zone set 2 comment \"borrowed addresses, apart from their owners\"\n"
     );
     assert_eq!(
         chain_of(&config, "nat_output"),
@@ -211,9 +213,10 @@ fn a_borrowed_source_address_gets_its_answers_back() {
     // The application's own sockets carry no mark.
     socket2::SockRef::from(&application).set_mark(0).unwrap();
     install(&pod, &RulesConfig::default()).unwrap();
-    for (own, foreign) in [("10.1.0.1:8080", "10.1.0.2:1"), ("[fd01::1]:8080", "[fd01::2]:1")] {
+    let cases = [("10.1.0.1:8080", "10.1.0.2:1", 0x1539), ("[fd01::1]:8080", "[fd01::2]:1", 0x1539), ("10.1.0.1:8080", "10.1.0.2:1", 0x539)];
+    for (own, foreign, mark) in cases {
         let (target, source): (SocketAddr, SocketAddr) = (own.parse().unwrap(), foreign.parse().unwrap());
-        let marked = DialOptions { mark: Some(0x539), ..DialOptions::default() };
+        let marked = DialOptions { borrowed_mark: Some(mark), ..DialOptions::default() };
         let (socket, spoofed) = pod.run(|| dial_socket(target, Some(source), &marked)).unwrap().unwrap();
         assert!(spoofed);
         socket.set_nonblocking(false).unwrap();
@@ -228,6 +231,48 @@ fn a_borrowed_source_address_gets_its_answers_back() {
     socket.set_nonblocking(false).unwrap();
     assert!(socket.connect_timeout(&target.into(), Duration::from_millis(300)).is_err(), "without the rules its answers go to the neighbour");
     drop(neighbour);
+}
+
+#[test]
+fn the_owner_of_a_borrowed_address_and_the_proxy_use_the_same_port_at_once() {
+    let (pod, neighbour) = pod_and_neighbour();
+    let plaintext = listen(&pod, 15006);
+    let application = listen(&pod, 8080);
+    socket2::SockRef::from(&application).set_mark(0).unwrap();
+    install(&pod, &RulesConfig::default()).unwrap();
+    // Both kernels can choose this port only.
+    for netns in [&pod, &neighbour] {
+        netns.run(|| sh("echo 4321 4321 >/proc/sys/net/ipv4/ip_local_port_range")).unwrap();
+    }
+    let speak = |from: &TcpStream, to: &TcpStream| {
+        to.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        { from }.write_all(b"through").unwrap();
+        { to }.read_exact(&mut [0; 7]).unwrap();
+    };
+    for (own, foreign) in [("10.1.0.1:8080", "10.1.0.2:4321"), ("[fd01::1]:8080", "[fd01::2]:4321")] {
+        let (target, owner): (SocketAddr, SocketAddr) = (own.parse().unwrap(), foreign.parse().unwrap());
+        let owners = || {
+            let near = connect(&neighbour, own).unwrap();
+            (near, plaintext.accept().unwrap())
+        };
+        let proxys = || {
+            let options = DialOptions { mark: Some(0x539), borrowed_mark: Some(0x1539), ..DialOptions::default() };
+            let (socket, _) = pod.run(|| dial_socket(target, Some(owner), &options)).unwrap().unwrap();
+            socket.set_nonblocking(false).unwrap();
+            socket.connect_timeout(&target.into(), Duration::from_secs(5)).unwrap();
+            (TcpStream::from(socket), application.accept().unwrap())
+        };
+        for owner_is_first in [true, false] {
+            let connections = if owner_is_first { [owners(), proxys()] } else { [proxys(), owners()] };
+            for (near, (far, seen)) in connections {
+                assert_eq!((seen.ip().to_canonical(), seen.port()), (owner.ip(), owner.port()));
+                speak(&near, &far);
+                speak(&far, &near);
+                // No TIME_WAIT, which would keep the port from the next round.
+                socket2::SockRef::from(&near).set_linger(Some(Duration::ZERO)).unwrap();
+            }
+        }
+    }
 }
 
 #[test]

@@ -144,11 +144,13 @@ fn a_foreign_source_is_taken_without_a_port_of_ours() {
     namespace()
         .run(|| {
             for (target, source) in [(at("10.0.0.1", 80), at("10.0.0.2", 4321)), (at("fd00::1", 80), at("fd00::2", 4321))] {
-                let (socket, spoofed) = dial_socket(target, Some(source), &DialOptions { mark: Some(0x539), ..DialOptions::default() }).unwrap();
+                let (socket, spoofed) =
+                    dial_socket(target, Some(source), &DialOptions { mark: Some(0x539), borrowed_mark: Some(0x1539), ..DialOptions::default() })
+                        .unwrap();
                 assert!(spoofed);
                 let local = socket.local_addr().unwrap().as_socket().unwrap();
                 assert_eq!((local.ip(), local.port()), (source.ip(), 0), "the port is picked at connect time");
-                assert_eq!(socket.mark().unwrap(), 0x539);
+                assert_eq!(socket.mark().unwrap(), 0x1539);
                 assert!(socket.nonblocking().unwrap() && socket.tcp_nodelay().unwrap());
             }
         })
