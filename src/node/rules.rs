@@ -176,6 +176,8 @@ fn raw_prerouting() -> Vec<Rule> {
 /// the kernels of both choose the same port, and connection tracking takes the two for one: the owner's would miss its redirection, and be refused, be
 /// reset or hear nothing. The zone is that of the proxy's own direction only: answers know of no zone, and are found without one.
 ///
+/// A socket's own port range (`IP_LOCAL_PORT_RANGE`) would not do instead: Linux lets it only narrow the pod's range, where clients' ports are too.
+///
 /// The mark has a bit that the rules of istio-cni do not look at, so that a proxy which does not set it is served as before, and connections that were
 /// there before these rules stay what they were.
 fn raw_output(config: &RulesConfig) -> Vec<Rule> {
