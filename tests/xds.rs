@@ -22,13 +22,18 @@ mod xds_server;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use culvert::discovery::Mesh;
 use culvert::discovery::xds::{self, Identity, Stats};
+use culvert::discovery::{LocalName, Mesh};
 use culvert::grpc::{self, Dialer, RootSource, Token};
 use culvert::lifecycle::{Backoff, Supervisor};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use xds_server::{SOON, Server, Trust};
+
+/// Whose connection wants to know.
+fn asker() -> LocalName {
+    LocalName { name: "client".into(), namespace: "shop".into(), service_account: "default".into() }
+}
 
 /// A server, a client and their files.
 struct Stand {

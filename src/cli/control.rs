@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{duration, logged};
 use crate::admin::{self, Readiness};
-use crate::control::{self, CaConfig, Debounce, Parts, Stats, StatsCollector, Tokens};
+use crate::control::{self, CaConfig, Debounce, Parts, Signer, Stats, StatsCollector, Tokens};
 use crate::discovery::local::{self, LocalSource, ReloadStats};
 use crate::identity::LocalIssuer;
 use crate::lifecycle::drain::{self, DrainMode, DrainWatcher};
@@ -33,6 +33,7 @@ pub(super) struct Args {
     #[arg(long, env = "CULVERT_CONTROL_CONFIG", value_name = "FILE")]
     config: PathBuf,
     /// Directory with ca-cert.pem, ca-key.pem, root-cert.pem and cert-chain.pem, as in Istio's cacerts secret. Whoever can read it can be anybody.
+    /// Read again when a file changes; what cannot be used changes nothing and is complained about.
     #[arg(long, env = "CULVERT_CA_DIR", value_name = "DIR")]
     ca_dir: PathBuf,
     /// Makes a new CA there if the directory has none.
@@ -133,7 +134,7 @@ async fn live(args: &Args) -> anyhow::Result<ExitCode> {
         LocalIssuer::create(&args.ca_dir, &clock)?;
         tracing::info!(directory = %args.ca_dir.display(), "a new CA was made");
     }
-    let issuer = Arc::new(LocalIssuer::load(&args.ca_dir, clock.clone())?);
+    let issuer = Arc::new(Signer::load(&args.ca_dir, clock.clone())?);
     let tokens = Tokens::load(&args.token_file)?;
     let reloads = Arc::new(ReloadStats::default());
     let source = local::Config { stats: reloads.clone(), supervisor: supervisor.clone(), ..local::Config::default() };

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use super::CaConfig;
 use super::catalog::Catalog;
 use super::session::quote;
+use super::signer::Signer;
 use super::stats::Stats;
 use super::tokens::Caller;
 use crate::identity::{IdentityError, Issuer, SigningRequest};
@@ -25,14 +26,14 @@ const MOST_NODES: usize = 10_000;
 /// Signs for callers.
 pub(super) struct Authority {
     config: CaConfig,
-    issuer: Arc<dyn Issuer>,
+    issuer: Arc<Signer>,
     catalogs: watch::Receiver<Arc<Catalog>>,
     rates: RateBudgets<Text>,
     stats: Arc<Stats>,
 }
 
 impl Authority {
-    pub(super) fn new(config: CaConfig, issuer: Arc<dyn Issuer>, catalogs: watch::Receiver<Arc<Catalog>>, stats: Arc<Stats>) -> Self {
+    pub(super) fn new(config: CaConfig, issuer: Arc<Signer>, catalogs: watch::Receiver<Arc<Catalog>>, stats: Arc<Stats>) -> Self {
         let rates = RateBudgets::new(config.per_second, config.burst, MOST_NODES);
         Self { config, issuer, catalogs, rates, stats }
     }
@@ -69,7 +70,7 @@ impl Authority {
         }
         let ttl = self.lifetime(request.validity_duration)?;
         let signing = SigningRequest { identity: identity.clone(), csr_pem: request.csr.clone(), ttl };
-        match self.issuer.issue(&signing).await {
+        match self.issuer.current().issue(&signing).await {
             Ok(issued) => Ok((identity, ttl, CertificateResponse { cert_chain: issued.certificates })),
             Err(IdentityError::Issuer(problem)) => Err(Status::invalid_argument(problem)),
             Err(other) => Err(Status::new(Code::Internal, other.to_string())),

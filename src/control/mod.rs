@@ -2,7 +2,7 @@
 //! node-and-control §B.4 and §B.9).
 //! This room never takes a decision about a connection, writes nothing, answers nobody without a token, and lets no client hold up or outweigh
 //! the others.
-//! Main types: [`start`] (a running control plane from its parts), [`Tokens`] (who may call), [`Stats`].
+//! Main types: [`start`] (a running control plane from its parts), [`Tokens`] (who may call), [`Signer`] (what signs), [`Stats`].
 //!
 //! It reads the mesh through `discovery`, beyond the map of design §2: the file source there already follows, checks and compares, and the
 //! control plane tells others exactly what a proxy with that file would believe.
@@ -20,6 +20,7 @@ mod publish;
 mod server;
 mod serving;
 mod session;
+mod signer;
 mod stats;
 mod subscription;
 mod tokens;
@@ -31,11 +32,12 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 
 use crate::discovery::Mesh;
-use crate::identity::{IdentityError, LocalIssuer};
+use crate::identity::IdentityError;
 use crate::lifecycle::drain::DrainWatcher;
 use crate::lifecycle::{Clock, Supervisor};
 
 pub use publish::Debounce;
+pub use signer::Signer;
 pub use stats::{Stats, StatsCollector};
 pub use tokens::Tokens;
 
@@ -56,6 +58,8 @@ pub struct Config {
     pub longest_stream: Duration,
     /// How often a stream's token is looked up again: a stream whose token was taken out of the file ends. Default 10 s.
     pub token_check: Duration,
+    /// How often the CA's files are looked at. Default 1 s.
+    pub ca_check: Duration,
     /// Bytes of one request: a client of 100,000 workloads that reconnects sends 7 MiB. Default 64 MiB.
     pub largest_request: usize,
     /// Memory for large requests of all clients together. Default 256 MiB.
@@ -73,6 +77,7 @@ impl Default for Config {
             strangers: (512, 64),
             longest_stream: Duration::from_secs(30 * 60),
             token_check: Duration::from_secs(10),
+            ca_check: Duration::from_secs(1),
             largest_request: 64 << 20,
             room: 256 << 20,
         }
@@ -124,7 +129,7 @@ pub struct Parts {
     /// What it tells.
     pub mesh: Mesh,
     /// What signs.
-    pub issuer: Arc<LocalIssuer>,
+    pub issuer: Arc<Signer>,
     /// Who may call.
     pub tokens: Tokens,
     /// Where it counts.
@@ -154,6 +159,7 @@ pub fn start(config: Config, parts: Parts, listener: TcpListener, supervisor: &S
             publish::follow(worlds, sender, debounce, stats).await;
         }
     });
+    supervisor.supervise("CA files", issuer.clone().follow(config.ca_check, stats.clone()));
     let authority = authority::Authority::new(config.ca, issuer, catalogs.clone(), stats.clone());
     let room = message::Room::new(config.room);
     let server = Arc::new(server::Server { config, tokens: Arc::new(tokens), authority, catalogs, stats, room });

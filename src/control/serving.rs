@@ -1,4 +1,4 @@
-//! The server's own certificate: signed by the CA it serves, renewed before it is half used.
+//! The server's own certificate: signed by the CA it serves, renewed before it is half used, and at once when there is another CA.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use crate::identity::{IdentityError, LocalIssuer};
+use super::signer::Signer;
+use crate::identity::IdentityError;
 use crate::lifecycle::Clock;
 use crate::telemetry::limited;
 
@@ -19,7 +20,7 @@ const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Gives every handshake a certificate that has time left.
 pub(super) struct Serving {
-    issuer: Arc<LocalIssuer>,
+    issuer: Arc<Signer>,
     names: Vec<String>,
     clock: Clock,
     current: Mutex<Current>,
@@ -29,10 +30,12 @@ struct Current {
     key: Arc<CertifiedKey>,
     renew_at: SystemTime,
     until: SystemTime,
+    /// The CA that signed it, by its number; that of a new one which could not, so that it is not asked at every handshake.
+    generation: u64,
 }
 
 impl Serving {
-    pub(super) fn new(issuer: Arc<LocalIssuer>, names: Vec<String>, clock: Clock) -> Result<Self, IdentityError> {
+    pub(super) fn new(issuer: Arc<Signer>, names: Vec<String>, clock: Clock) -> Result<Self, IdentityError> {
         let current = Mutex::new(Current::new(&issuer, &names)?);
         Ok(Self { issuer, names, clock, current })
     }
@@ -40,12 +43,13 @@ impl Serving {
     fn certificate(&self) -> Option<Arc<CertifiedKey>> {
         let now = self.clock.now();
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if now >= current.renew_at {
+        let generation = self.issuer.generation();
+        if now >= current.renew_at || generation != current.generation {
             match Current::new(&self.issuer, &self.names) {
                 Ok(new) => *current = new,
                 Err(error) => {
                     limited!(error, "the server's own certificate", "the control plane's own certificate cannot be renewed: {error}");
-                    current.renew_at = now + TRY_AGAIN;
+                    (current.renew_at, current.generation) = (now + TRY_AGAIN, generation);
                 }
             }
         }
@@ -54,10 +58,12 @@ impl Serving {
 }
 
 impl Current {
-    fn new(issuer: &LocalIssuer, names: &[String]) -> Result<Self, IdentityError> {
-        let certificate = issuer.issue_server(names, LIFETIME)?;
+    fn new(issuer: &Signer, names: &[String]) -> Result<Self, IdentityError> {
+        // First: a CA that comes in between makes another certificate.
+        let generation = issuer.generation();
+        let certificate = issuer.current().issue_server(names, LIFETIME)?;
         let half = certificate.until.duration_since(certificate.from).unwrap_or_default() / 2;
-        Ok(Self { key: Arc::new(certificate.certified), renew_at: certificate.from + half, until: certificate.until })
+        Ok(Self { key: Arc::new(certificate.certified), renew_at: certificate.from + half, until: certificate.until, generation })
     }
 }
 
@@ -77,6 +83,7 @@ impl fmt::Debug for Serving {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::identity::LocalIssuer;
     use crate::lifecycle::SettableTime;
 
     #[test]
@@ -85,7 +92,7 @@ mod tests {
         let time = SettableTime::new(SystemTime::now());
         let clock = Clock::fixed(time.clone());
         LocalIssuer::create(directory.path(), &clock).unwrap();
-        let issuer = Arc::new(LocalIssuer::load(directory.path(), clock.clone()).unwrap());
+        let issuer = Arc::new(Signer::load(directory.path(), clock.clone()).unwrap());
         let serving = Serving::new(issuer, vec!["localhost".into(), "127.0.0.1".into()], clock).unwrap();
         let first = serving.certificate().unwrap();
         assert!(Arc::ptr_eq(&first, &serving.certificate().unwrap()));

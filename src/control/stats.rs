@@ -21,6 +21,8 @@ pub struct Stats {
     unauthenticated: AtomicU64,
     issued: AtomicU64,
     not_issued: AtomicU64,
+    ca_loads: AtomicU64,
+    ca_failures: AtomicU64,
     epoch: AtomicU64,
 }
 
@@ -109,6 +111,16 @@ impl Stats {
     pub(super) fn certificate(&self, issued: bool) {
         if issued { &self.issued } else { &self.not_issued }.fetch_add(1, Ordering::Relaxed);
     }
+
+    /// How often another CA was loaded, and refused.
+    #[cfg(test)]
+    pub(super) fn ca_loads(&self) -> (u64, u64) {
+        (self.ca_loads.load(Ordering::Relaxed), self.ca_failures.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn ca_loaded(&self, usable: bool) {
+        if usable { &self.ca_loads } else { &self.ca_failures }.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Stats as a collector of a registry.
@@ -123,6 +135,8 @@ impl Collector for StatsCollector {
             ("culvert_control_unauthenticated", "Calls without a valid token", &stats.unauthenticated),
             ("culvert_control_certificates_issued", "Certificates signed", &stats.issued),
             ("culvert_control_certificates_refused", "Certificate requests refused", &stats.not_issued),
+            ("culvert_control_ca_loads", "Times that the CA's files had changed and were loaded again", &stats.ca_loads),
+            ("culvert_control_ca_failures", "Times that they had changed and were refused", &stats.ca_failures),
         ] {
             let counter = ConstCounter::new(value.load(Ordering::Relaxed));
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;

@@ -92,7 +92,8 @@ struct Known {
     callers: Callers,
 }
 
-type Fingerprint = (u64, u64, u64, i64, i64);
+/// Tells one content of a file from another: device, inode, size, time of change.
+pub(super) type Fingerprint = (u64, u64, u64, i64, i64);
 
 /// By hash: the tokens themselves are not kept, and how long a look-up takes tells nothing of them.
 type Callers = HashMap<[u8; 32], Caller>;
@@ -156,7 +157,7 @@ fn hash(token: &str) -> [u8; 32] {
     bytes
 }
 
-fn fingerprint(path: &Path) -> Option<Fingerprint> {
+pub(super) fn fingerprint(path: &Path) -> Option<Fingerprint> {
     let found = std::fs::metadata(path).ok()?;
     Some((found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
 }

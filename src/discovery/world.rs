@@ -67,22 +67,23 @@ impl Mesh {
     }
 
     /// Makes sure that whatever an address of a network names is in the current world. Returns at once unless the mesh is asked on demand
-    /// (`XDS_ON_DEMAND`) and the address is not known. An error means that nobody knows what it is: it must not be taken for unknown.
-    pub async fn know_address(&self, network: &str, ip: IpAddr) -> Result<(), Unanswered> {
+    /// (`XDS_ON_DEMAND`) and the address is not known. An error means that nobody knows what it is: it must not be taken for unknown. A place among those
+    /// who wait is taken for `pod`; no pod can have them all.
+    pub async fn know_address(&self, pod: &LocalName, network: &str, ip: IpAddr) -> Result<(), Unanswered> {
         let Some(demand) = &self.demand else { return Ok(()) };
         if self.current().snapshot.locate(network, ip, None).is_some() {
             return Ok(());
         }
-        demand.ask(format!("{network}/{}", canonical(ip)).into()).await
+        demand.ask(pod, format!("{network}/{}", canonical(ip)).into()).await
     }
 
     /// The same for a service, by its host name.
-    pub async fn know_service(&self, key: &NamespacedHostname) -> Result<(), Unanswered> {
+    pub async fn know_service(&self, pod: &LocalName, key: &NamespacedHostname) -> Result<(), Unanswered> {
         let Some(demand) = &self.demand else { return Ok(()) };
         if self.current().snapshot.service(key).is_some() {
             return Ok(());
         }
-        demand.ask(key.to_string().into()).await
+        demand.ask(pod, key.to_string().into()).await
     }
 
     /// Whether [`know_service`](Self::know_service) would ask the source, rather than return at once.
@@ -93,16 +94,16 @@ impl Mesh {
     }
 
     /// The same for a waypoint or a network gateway.
-    pub async fn know_gateway(&self, gateway: &GatewayDestination) -> Result<(), Unanswered> {
+    pub async fn know_gateway(&self, pod: &LocalName, gateway: &GatewayDestination) -> Result<(), Unanswered> {
         let Some(demand) = &self.demand else { return Ok(()) };
         match gateway {
-            GatewayDestination::Address(address) => self.know_address(&address.network, address.ip).await,
+            GatewayDestination::Address(address) => self.know_address(pod, &address.network, address.ip).await,
             GatewayDestination::Hostname(key) => {
                 let world = self.current();
                 if world.snapshot.service(key).is_some() || world.snapshot.workload_by_hostname(key).is_some() {
                     return Ok(());
                 }
-                demand.ask(key.to_string().into()).await
+                demand.ask(pod, key.to_string().into()).await
             }
         }
     }

@@ -18,7 +18,7 @@ use super::certificate::{Validity, rfc3339_of, to_pem};
 use super::credential::Credential;
 use super::error::IdentityError;
 use super::issuer::{Issued, Issuer, IssuerFuture, PendingKey, SigningRequest};
-use super::local_files::{self, CA_CERT, CERT_CHAIN, Files, wrong};
+use super::local_files::{self, CA_CERT, CA_KEY, CERT_CHAIN, Files, ROOT_CERT, wrong};
 use super::tls::Shape;
 use crate::lifecycle::Clock;
 use crate::model::SpiffeId;
@@ -50,6 +50,9 @@ pub struct LocalIssuer {
 }
 
 impl LocalIssuer {
+    /// The names of the files that [`load`](Self::load) reads.
+    pub const FILES: [&'static str; 4] = [CA_CERT, CA_KEY, ROOT_CERT, CERT_CHAIN];
+
     /// Reads `ca-cert.pem`, `ca-key.pem`, `root-cert.pem` and `cert-chain.pem` and proves that certificates signed with them will be accepted.
     ///
     /// The last two may be absent where that is unambiguous: without a chain file the CA must be a root or be signed by one; without a root file

@@ -7,33 +7,39 @@ use std::time::Duration;
 use futures_util::future::join_all;
 
 use super::route::RouteConfig;
-use crate::discovery::Mesh;
 use crate::discovery::xds::Unanswered;
+use crate::discovery::{LocalName, Mesh};
 use crate::model::{Located, NamespacedHostname, Snapshot, Workload};
 
-/// Makes sure that the world has what the destination names and the gateways on the way. Returns at once if the mesh is told as a whole.
-pub(super) async fn prepare(mesh: &Mesh, config: &RouteConfig, source: &Workload, destination: SocketAddr) -> Result<(), Unanswered> {
+/// Makes sure that the world has what the destination of a connection of `pod`, which is `source`, names, and the gateways on the way. Returns at once
+/// if the mesh is told as a whole.
+pub(super) async fn prepare(
+    mesh: &Mesh,
+    config: &RouteConfig,
+    (pod, source): (&LocalName, &Workload),
+    destination: SocketAddr,
+) -> Result<(), Unanswered> {
     if !mesh.is_on_demand() {
         return Ok(());
     }
     let networks = [&config.network, &source.profile.network];
     for network in networks {
-        mesh.know_address(network, destination.ip()).await?;
+        mesh.know_address(pod, network, destination.ip()).await?;
     }
     let world = mesh.current();
     for network in networks {
         let located = world.snapshot.locate(network, destination.ip(), Some(&source.profile.namespace));
         for gateway in located.iter().flat_map(|located| gateways(&world.snapshot, located, source)) {
-            mesh.know_gateway(&gateway.destination).await?;
+            mesh.know_gateway(pod, &gateway.destination).await?;
         }
     }
     Ok(())
 }
 
-/// Asks what services are, all at once and for no longer than `patience`. What is not answered then stays unknown; an answer that comes later is
+/// Asks for a pod what services are, all at once and for no longer than `patience`. What is not answered then stays unknown; an answer that comes later is
 /// kept all the same. Says whether all were answered.
-pub(super) async fn prepare_names(mesh: &Mesh, names: &[NamespacedHostname], patience: Duration) -> bool {
-    let all = join_all(names.iter().map(|name| mesh.know_service(name)));
+pub(super) async fn prepare_names(mesh: &Mesh, pod: &LocalName, names: &[NamespacedHostname], patience: Duration) -> bool {
+    let all = join_all(names.iter().map(|name| mesh.know_service(pod, name)));
     tokio::time::timeout(patience, all).await.is_ok_and(|answers| answers.iter().all(Result::is_ok))
 }
 

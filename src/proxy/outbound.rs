@@ -162,7 +162,7 @@ async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Ro
     // Before the wait for the workload: a loop must end at once.
     route::refuse_recursion(Entry::Outbound, target, &pod.node.config.route)?;
     let source = pod.local_workload().await?;
-    demand::prepare(&pod.node.mesh, &pod.node.config.route, &source, target).await?;
+    demand::prepare(&pod.node.mesh, &pod.node.config.route, (&pod.name, &source), target).await?;
     let world = pod.node.mesh.current();
     let mut config = Cow::Borrowed(&pod.node.config.route);
     // Asked again with a name resolved, it makes the same choices.

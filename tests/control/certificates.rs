@@ -1,5 +1,6 @@
 //! The certificate service: who gets which certificate.
 
+use std::path::Path;
 use std::time::Duration;
 
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, SanType};
@@ -158,4 +159,46 @@ async fn the_servers_own_certificate_has_its_names_and_leads_to_the_root() {
     assert!(connect(plane.address, &plane.ca(), "somebody.else", Some(LEFT)).await.is_err());
     let other = directory("{}");
     assert!(connect(plane.address, &other.path().join("ca"), NAME, Some(LEFT)).await.is_err());
+}
+
+/// Has a link of the plane's directory lead elsewhere, in one step, as Kubernetes does with what it mounts.
+fn point(directory: &Path, to: &str) {
+    let new = directory.join("new");
+    std::os::unix::fs::symlink(to, &new).unwrap();
+    std::fs::rename(new, directory.join("ca")).unwrap();
+}
+
+#[tokio::test]
+async fn another_ca_in_the_directory_is_used_without_a_restart_and_a_broken_one_changes_nothing() {
+    let (directory, other) = (directory("{}"), directory("{}"));
+    let [first, next, half] = ["first", "next", "half"].map(|name| directory.path().join(name));
+    std::fs::rename(directory.path().join("ca"), &first).unwrap();
+    std::fs::rename(other.path().join("ca"), &next).unwrap();
+    std::fs::create_dir(&half).unwrap();
+    for (from, name) in [(&first, "ca-cert.pem"), (&first, "cert-chain.pem"), (&next, "ca-key.pem"), (&next, "root-cert.pem")] {
+        std::fs::copy(from.join(name), half.join(name)).unwrap();
+    }
+    point(directory.path(), "first");
+    let plane = Plane::in_directory(directory.clone(), config()).await;
+    let root = |ca: &Path| std::fs::read_to_string(ca.join("root-cert.pem")).unwrap();
+    let connection = plane.connect().await;
+    let issued = async |connection: &Connection| connection.certificate(&good(WEB), Some(WEB), 0).await.unwrap().chain.pop().unwrap();
+    let reached = async |trust: &Path| connect(plane.address, trust, NAME, Some(LEFT)).await.is_ok();
+    let counted = || ["loads", "failures"].map(|what| plane.metric(&format!("culvert_control_ca_{what}_total")));
+    assert_eq!((issued(&connection).await, counted()), (root(&first), [0.0, 0.0]));
+
+    point(directory.path(), "half");
+    plane.until_metric("culvert_control_ca_failures_total", 1.0).await;
+    assert_eq!(issued(&connection).await, root(&first));
+    assert!(reached(&first).await && !reached(&next).await);
+    tokio::time::sleep(5 * config().ca_check).await;
+    assert_eq!(counted(), [0.0, 1.0], "it is complained about once");
+
+    // For certificates, and for the server's own at once. Who is connected stays so.
+    point(directory.path(), "next");
+    plane.until_metric("culvert_control_ca_loads_total", 1.0).await;
+    assert_eq!(issued(&connection).await, root(&next));
+    assert!(reached(&next).await && !reached(&first).await);
+    tokio::time::sleep(5 * config().ca_check).await;
+    assert_eq!(counted(), [1.0, 1.0]);
 }

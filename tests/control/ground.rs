@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert::control::{self, Config, Debounce, Parts, Stats, StatsCollector, Tokens};
+use culvert::control::{self, Config, Debounce, Parts, Signer, Stats, StatsCollector, Tokens};
 use culvert::discovery::local::{self, LocalSource, ReloadStats};
 use culvert::discovery::{Mesh, Publisher};
 use culvert::identity::LocalIssuer;
@@ -42,7 +42,7 @@ pub struct Plane {
 
 pub fn config() -> Config {
     let debounce = Debounce { quiet: Duration::from_millis(1), longest: Duration::from_millis(20) };
-    Config { debounce, ..Config::default() }
+    Config { debounce, ca_check: Duration::from_millis(100), ..Config::default() }
 }
 
 /// A directory with a CA, tokens and a mesh file.
@@ -81,7 +81,7 @@ impl Plane {
     }
 
     async fn start(directory: Arc<tempfile::TempDir>, mesh: Mesh, config: Config, supervisor: Supervisor, reloads: Arc<ReloadStats>) -> Self {
-        let issuer = Arc::new(LocalIssuer::load(&directory.path().join("ca"), Clock::system()).unwrap());
+        let issuer = Arc::new(Signer::load(&directory.path().join("ca"), Clock::system()).unwrap());
         let tokens = Tokens::load(&directory.path().join("tokens.yaml")).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -26,7 +26,7 @@ use tonic_prost::ProstCodec;
 use crate::pki::{Authority, Presented, pem, workload as leaf};
 
 /// Nothing that is expected takes so long.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 
 type Answer = Result<DeltaDiscoveryResponse, Status>;
 

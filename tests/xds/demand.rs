@@ -8,7 +8,7 @@ use culvert::model::{GatewayDestination, NamespacedHostname};
 use culvert::wire::xds::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource};
 
 use super::xds_server::{ServerStream, pod, pod_resource, service_resource};
-use super::{Setup, Stand};
+use super::{Setup, Stand, asker};
 
 const IP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
 
@@ -32,7 +32,7 @@ async fn open(stand: &mut Stand) -> ServerStream {
 fn look_up(stand: &Stand, ip: IpAddr) -> tokio::task::JoinHandle<(Result<(), Unanswered>, bool)> {
     let mesh = stand.mesh.clone();
     tokio::spawn(async move {
-        let known = mesh.know_address("net", ip).await;
+        let known = mesh.know_address(&asker(), "net", ip).await;
         (known, mesh.current().snapshot.locate("net", ip, None).is_some())
     })
 }
@@ -86,7 +86,7 @@ async fn gateways_are_asked_for_by_name_or_address() {
     let key = NamespacedHostname { namespace: "shop".into(), hostname: "waypoint.shop".into() };
     let looking = tokio::spawn({
         let (mesh, gateway) = (stand.mesh.clone(), GatewayDestination::Hostname(key.clone()));
-        async move { mesh.know_gateway(&gateway).await }
+        async move { mesh.know_gateway(&asker(), &gateway).await }
     });
     assert_eq!(stream.request().await.resource_names_subscribe, ["shop/waypoint.shop"]);
     stream.push(ADDRESS_TYPE, vec![service_resource("waypoint.shop", [10, 9, 0, 1])], &[]).await;

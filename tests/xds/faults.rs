@@ -11,7 +11,7 @@ use tonic::Code;
 
 use super::freezer::Freezer;
 use super::xds_server::{Server, Trust, pod, pod_resource, policy_resource};
-use super::{Setup, Stand};
+use super::{Setup, Stand, asker};
 
 const A: &str = "Kubernetes//Pod/shop/a";
 
@@ -199,6 +199,6 @@ async fn a_server_that_cannot_take_all_our_versions_tells_us_everything_and_what
 async fn on_demand_nobody_is_told_what_the_control_plane_did_not_say() {
     let mut stand = Stand::with(Setup { on_demand: Some(Duration::from_millis(100)), ..Setup::default() }).await;
     stand.stop_server().await;
-    let error = stand.mesh.know_address("", [10, 0, 0, 1].into()).await.unwrap_err();
+    let error = stand.mesh.know_address(&asker(), "", [10, 0, 0, 1].into()).await.unwrap_err();
     assert!(matches!(error, Unanswered::Late { .. }), "{error}");
 }

@@ -123,18 +123,11 @@ pub(super) fn headers(prefix: &str, cluster_id: &str, environment: impl Iterator
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use clap::Parser;
-
+    use super::super::parsed;
     use super::*;
 
-    #[derive(Debug, Parser)]
-    struct Probe {
-        #[command(flatten)]
-        args: CaArgs,
-    }
-
     fn source(line: &[&str]) -> anyhow::Result<CaSource> {
-        Probe::try_parse_from(["proxy"].iter().chain(line))?.args.source("Kubernetes", false)
+        parsed::<CaArgs>(line)?.source("Kubernetes", false)
     }
 
     #[test]

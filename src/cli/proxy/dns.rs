@@ -71,18 +71,11 @@ impl DnsArgs {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use clap::Parser;
-
+    use super::super::parsed;
     use super::*;
 
-    #[derive(Debug, Parser)]
-    struct Probe {
-        #[command(flatten)]
-        args: DnsArgs,
-    }
-
     fn address(line: &[&str]) -> anyhow::Result<Option<DnsAddress>> {
-        Probe::try_parse_from(["proxy"].iter().chain(line))?.args.address()
+        parsed::<DnsArgs>(line)?.address()
     }
 
     #[test]

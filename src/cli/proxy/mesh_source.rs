@@ -137,15 +137,8 @@ fn metadata(cluster_id: &str, environment: &[(String, String)]) -> anyhow::Resul
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use clap::Parser;
-
+    use super::super::parsed;
     use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Probe {
-        #[command(flatten)]
-        args: MeshArgs,
-    }
 
     const ENVIRONMENT: [(&str, &str); 4] =
         [("ISTIO_META_DNS_CAPTURE", "true"), ("ISTIO_METAJSON_LABELS", "{\"app\":\"z\"}"), ("XDS_HEADER_X_TEAM", "blue"), ("PATH", "/bin")];
@@ -157,7 +150,7 @@ mod tests {
     fn source_in(line: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<MeshSource> {
         let environment: Vec<_> = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let oneself = Oneself { node: "n1", cluster_id: "c1", pod: Some("z"), namespace: Some("istio-system"), token: None };
-        Probe::try_parse_from(["proxy"].iter().chain(line))?.args.source(&oneself, &environment)
+        parsed::<MeshArgs>(line)?.source(&oneself, &environment)
     }
 
     #[test]

@@ -14,6 +14,13 @@ pub(super) use settings::Args;
 
 use std::process::ExitCode;
 
+/// Flags as their tests give them.
+#[cfg(test)]
+fn parsed<A: clap::Args>(line: &[&str]) -> Result<A, clap::Error> {
+    let command = A::augment_args(clap::Command::new("proxy"));
+    A::from_arg_matches(&command.try_get_matches_from(["proxy"].iter().chain(line))?)
+}
+
 /// Runs the data plane until it is told to stop.
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let settings = args.check()?;

@@ -10,10 +10,13 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
 
+use crate::discovery::LocalName;
 use crate::model::Text;
 
-/// So many names may wait for an answer at once: a pod that calls every address there is must not fill our memory.
+/// So many names may wait for an answer at once: what pods call must not fill our memory.
 const MAX_WAITING: usize = 1024;
+/// So many of them for one pod: one that calls every address there is must leave places to its neighbours.
+const MAX_WAITING_OF_POD: usize = MAX_WAITING / 4;
 /// So many names are remembered as being nothing of the mesh.
 const MAX_MISSING: usize = 4096;
 /// For this long an answer is taken as it is; after it, a name that is still not there is asked for anew. (What is in the world is kept up to
@@ -34,6 +37,14 @@ pub enum Unanswered {
     /// Too many names wait already.
     #[error("{MAX_WAITING} other names wait for the control plane, so {name} was not asked for")]
     TooMany {
+        /// The name.
+        name: Text,
+    },
+    /// This pod has too many names that wait.
+    #[error("{MAX_WAITING_OF_POD} names that {pod} asks for wait for the control plane, as many as one pod may, so {name} was not asked for")]
+    Share {
+        /// The pod.
+        pod: Box<LocalName>,
         /// The name.
         name: Text,
     },
@@ -62,6 +73,8 @@ struct Names {
     /// Names that there was nothing for, the oldest first. May list what is no longer so.
     missing: VecDeque<Text>,
     waiting: usize,
+    /// For whom they wait: the names of each pod, with how many of its connections wait for each.
+    pods: HashMap<LocalName, HashMap<Text, usize>>,
     /// What the server has not been told; only while there is a stream.
     news: Option<News>,
 }
@@ -126,11 +139,50 @@ impl Names {
         }
     }
 
+    /// One more of a pod's connections waits for a name.
+    fn enter(&mut self, pod: &LocalName, name: &Text) -> Result<(), Unanswered> {
+        match self.pods.get_mut(pod) {
+            Some(own) if own.len() >= MAX_WAITING_OF_POD && !own.contains_key(name) => {
+                return Err(Unanswered::Share { pod: Box::new(pod.clone()), name: name.clone() });
+            }
+            Some(own) => *own.entry(name.clone()).or_default() += 1,
+            None => drop(self.pods.insert(pod.clone(), HashMap::from([(name.clone(), 1)]))),
+        }
+        Ok(())
+    }
+
+    /// It waits no longer.
+    fn leave(&mut self, pod: &LocalName, name: &Text) {
+        let Some(own) = self.pods.get_mut(pod) else { return };
+        if let Some(connections) = own.get_mut(name) {
+            *connections -= 1;
+            if *connections == 0 {
+                own.remove(name);
+            }
+        }
+        if own.is_empty() {
+            self.pods.remove(pod);
+        }
+    }
+
     /// Gives up names that nobody waits for any more.
     fn sweep(&mut self) {
         let left = |entry: &Entry| matches!(entry, Entry::Waiting(answer) if answer.receiver_count() == 0);
         let left: Vec<Text> = self.entries.iter().filter(|(_, entry)| left(entry)).map(|(name, _)| name.clone()).collect();
         left.iter().for_each(|name| self.forget(name));
+    }
+}
+
+/// A connection that waits, for as long as it does: it may end at any time.
+struct Place<'a> {
+    demand: &'a Demand,
+    pod: &'a LocalName,
+    name: Text,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.demand.names().leave(self.pod, &self.name);
     }
 }
 
@@ -144,29 +196,35 @@ impl Demand {
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when the server has said what `name` is, so that the world has it if it is anything.
-    pub(crate) async fn ask(&self, name: Text) -> Result<(), Unanswered> {
-        let mut waiter = {
+    /// Returns when the server has said what `name`, which a connection of `pod` needs, is, so that the world has it if it is anything.
+    pub(crate) async fn ask(&self, pod: &LocalName, name: Text) -> Result<(), Unanswered> {
+        let (mut waiter, place) = {
             let mut names = self.names();
-            match names.entries.get(&name) {
-                Some(Entry::Found(at) | Entry::Missing(at)) if at.elapsed() < FRESH => return Ok(()),
+            if matches!(names.entries.get(&name), Some(Entry::Found(at) | Entry::Missing(at)) if at.elapsed() < FRESH) {
+                return Ok(());
+            }
+            // First the limit that names a culprit.
+            names.enter(pod, &name)?;
+            let waiter = match names.entries.get(&name) {
                 Some(Entry::Waiting(answer)) => answer.subscribe(),
                 Some(Entry::Found(_) | Entry::Missing(_)) | None => {
                     if names.waiting >= MAX_WAITING {
                         names.sweep();
                     }
                     if names.waiting >= MAX_WAITING {
+                        names.leave(pod, &name);
                         return Err(Unanswered::TooMany { name });
                     }
                     names.want(&name)
                 }
-            }
+            };
+            (waiter, Place { demand: self, pod, name: name.clone() })
         };
         self.0.changed.notify_one();
         if timeout(self.0.limit, waiter.changed()).await.is_ok() {
             return Ok(());
         }
-        drop(waiter);
+        drop((waiter, place));
         let mut names = self.names();
         if matches!(names.entries.get(&name), Some(Entry::Waiting(answer)) if answer.receiver_count() == 0) {
             names.forget(&name);

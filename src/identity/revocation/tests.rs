@@ -142,6 +142,47 @@ fn what_cannot_be_read_as_a_certificate_is_taken_for_revoked() {
     assert!(lists.revoke((&CertificateDer::from(vec![1, 2, 3]), &[]), &ca.trust(), now()));
 }
 
+/// The name of the second CA is the end of the first one's.
+#[test]
+fn a_list_says_nothing_about_an_issuer_whose_name_ends_like_its_own() {
+    let named = |parts: &[(rcgen::DnType, &str)]| {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        parts.iter().for_each(|(kind, text)| params.distinguished_name.push(kind.clone(), *text));
+        Ca(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    };
+    let (organisation, name) = ((rcgen::DnType::OrganizationName, "a"), (rcgen::DnType::CommonName, "b"));
+    let (long, short) = (named(&[organisation, name.clone()]), named(&[name]));
+    let subject = |ca: &Ca| x509_parser::parse_x509_certificate(ca.0.der()).unwrap().1.subject().as_raw().to_vec();
+    assert!(subject(&long).ends_with(&subject(&short)[2..]), "this test shows nothing");
+    let lists = Lists::parse(short.list(&[vec![7]]).der()).unwrap();
+    assert!(!lists.revoke((&long.leaf(&[7]), &[]), &long.trust(), now()));
+    assert!(lists.revoke((&short.leaf(&[7]), &[]), &short.trust(), now()));
+}
+
+/// Between the handshake's look and the watch's there is a moment in which the lists may change.
+#[tokio::test(start_paused = true)]
+async fn a_list_that_came_during_the_handshake_ends_the_tunnel_at_once() {
+    let ca = Ca::new();
+    let file = Following::start(Some(&ca.list(&[vec![1]]).pem().unwrap()));
+    let ended = async |serial: u8| {
+        let revoked = file.revocations.watch(vec![ca.leaf(&[serial])], ca.trust(), now()).unwrap();
+        tokio::time::timeout(Duration::from_millis(1), revoked).await.is_ok()
+    };
+    assert!(ended(1).await && !ended(2).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_file_of_more_than_64_mib_is_not_read() {
+    let file = Following::start(Some(&text(2)));
+    // It takes no room on disk.
+    fs::File::create(&file.path).unwrap().set_len((64 << 20) + 1).unwrap();
+    file.look().await;
+    assert_eq!((file.revoked(), file.loads("unusable"), file.loads("loaded")), (2, 1, 1));
+}
+
 /// A file, its lists, and the task that follows it, on a clock that does not take time.
 struct Following {
     path: PathBuf,

@@ -29,8 +29,12 @@ impl Ground {
 
     /// A connection of a pod to an address.
     fn connect(&self, ip: [u8; 4]) -> JoinHandle<Result<(), Unanswered>> {
-        let mesh = self.mesh.clone();
-        tokio::spawn(async move { prepare(&mesh, &RouteConfig::default(), &client(), (ip, 80).into()).await })
+        self.connect_of("client", ip)
+    }
+
+    fn connect_of(&self, name: &str, ip: [u8; 4]) -> JoinHandle<Result<(), Unanswered>> {
+        let (mesh, pod) = (self.mesh.clone(), pod(name));
+        tokio::spawn(async move { prepare(&mesh, &RouteConfig::default(), (&pod, &client()), (ip, 80).into()).await })
     }
 
     /// The names that the control plane is asked for next.
@@ -70,6 +74,10 @@ fn workload(uid: &str, profile: Profile) -> Workload {
     }
 }
 
+fn pod(name: &str) -> LocalName {
+    LocalName { name: name.into(), namespace: "shop".into(), service_account: "default".into() }
+}
+
 fn client() -> Workload {
     workload("client", Profile { namespace: "shop".into(), ..Profile::default() })
 }
@@ -91,8 +99,8 @@ fn service(hostname: &str, ip: [u8; 4]) -> Service {
 async fn a_mesh_that_is_told_as_a_whole_is_not_asked() {
     let (_publisher, mesh) = Publisher::new(None);
     let begun = Instant::now();
-    prepare(&mesh, &RouteConfig::default(), &client(), ([10, 0, 0, 1], 80).into()).await.unwrap();
-    assert!(prepare_names(&mesh, &[key("web")], LIMIT).await);
+    prepare(&mesh, &RouteConfig::default(), (&pod("client"), &client()), ([10, 0, 0, 1], 80).into()).await.unwrap();
+    assert!(prepare_names(&mesh, &pod("client"), &[key("web")], LIMIT).await);
     assert_eq!(begun.elapsed(), Duration::ZERO);
 }
 
@@ -149,7 +157,13 @@ async fn the_gateways_on_the_way_are_asked_for_when_the_destination_is_known() {
 async fn so_many_destinations_wait_at_once_and_no_more_and_the_rest_is_refused_at_once() {
     let mut ground = Ground::new();
     let address = |index: u16| [10, 1, index.to_be_bytes()[0], index.to_be_bytes()[1]];
-    let waiting: Vec<_> = (0..1024).map(|index| ground.connect(address(index))).collect();
+    let mut waiting: Vec<_> = (0..256).map(|index| ground.connect_of("greedy", address(index))).collect();
+    settle().await;
+    let begun = Instant::now();
+    let refused = ground.connect_of("greedy", [10, 0, 0, 1]).await.unwrap().unwrap_err();
+    let share = Unanswered::Share { pod: Box::new(pod("greedy")), name: "/10.0.0.1".into() };
+    assert_eq!((refused, begun.elapsed()), (share, Duration::ZERO), "one pod has a quarter");
+    waiting.extend((256..1024).map(|index| ground.connect_of(&format!("p{}", index % 3), address(index))));
     settle().await;
     let begun = Instant::now();
     let refused = ground.connect([10, 0, 0, 1]).await.unwrap().unwrap_err();
@@ -173,7 +187,7 @@ async fn names_are_asked_for_all_at_once_and_no_longer_than_the_one_who_asks_wil
     let patience = Duration::from_secs(1);
     let ask = |ground: &Ground| {
         let (mesh, keys) = (ground.mesh.clone(), [key("a"), key("b"), key("known")]);
-        tokio::spawn(async move { prepare_names(&mesh, &keys, patience).await })
+        tokio::spawn(async move { prepare_names(&mesh, &pod("client"), &keys, patience).await })
     };
     ground.answer(vec![Edit::Service(service("known", [10, 96, 0, 1]))], &[], &[]);
     let begun = Instant::now();

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use rand::seq::SliceRandom;
+use tokio::time::Instant;
 
 use super::demand;
 use crate::discovery::{LocalName, Mesh};
@@ -143,10 +144,12 @@ impl Dns {
     /// Asks the control plane, for a moment: whatever it does not say in time is left to other resolvers, as if it were nothing of the mesh. That
     /// decides about names only; a connection to whatever address is given is refused unless it is known what is there.
     async fn know(&self, mesh: &Mesh, pod: &LocalName, unknown: &[NamespacedHostname]) {
+        let latest = Instant::now() + ASK_PATIENCE;
         let known = async {
             self.asked.take(pod.clone()).map_err(|error| error.to_string())?;
             let _permit = self.asking.wait(pod.clone(), ASK_PATIENCE).await.map_err(|error| error.to_string())?;
-            if demand::prepare_names(mesh, unknown, ASK_PATIENCE).await { Ok(()) } else { Err(format!("no answer within {ASK_PATIENCE:?}")) }
+            let left = latest.saturating_duration_since(Instant::now());
+            if demand::prepare_names(mesh, pod, unknown, left).await { Ok(()) } else { Err(format!("no answer within {ASK_PATIENCE:?}")) }
         };
         if let Err::<(), String>(error) = known.await {
             let what = unknown.first().map(|key| key.hostname.as_str());
@@ -187,3 +190,6 @@ impl Dns {
 fn search_of_kubernetes(namespace: &str, domain: &str) -> [String; 3] {
     [format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()]
 }
+
+#[cfg(test)]
+mod tests;
