@@ -159,7 +159,15 @@ pub fn start(config: Config, parts: Parts, listener: TcpListener, supervisor: &S
             publish::follow(worlds, sender, debounce, stats).await;
         }
     });
-    supervisor.supervise("CA files", issuer.clone().follow(config.ca_check, stats.clone()));
+    supervisor.supervise("CA files", {
+        let (following, mut drain) = (issuer.clone().follow(config.ca_check, stats.clone()), drain.clone());
+        async move {
+            tokio::select! {
+                _ = drain.signaled() => {}
+                () = following => {}
+            }
+        }
+    });
     let authority = authority::Authority::new(config.ca, issuer, catalogs.clone(), stats.clone());
     let room = message::Room::new(config.room);
     let server = Arc::new(server::Server { config, tokens: Arc::new(tokens), authority, catalogs, stats, room });

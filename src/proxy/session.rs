@@ -313,3 +313,6 @@ pub(super) fn closed(ended: Ended) -> Result<(), Error> {
         Ended::Failed(error) => Err(error.downcast::<hbone::Error>().map_or_else(Error::Relay, |error| Error::Tunnel(Arc::new(error)))),
     }
 }
+
+#[cfg(test)]
+mod tests;

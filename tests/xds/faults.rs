@@ -4,8 +4,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use culvert::discovery::xds::Unanswered;
+use culvert::grpc::{self, RootSource};
 use culvert::lifecycle::Backoff;
 use culvert::wire::authorization::Scope;
+use culvert::wire::workload;
 use culvert::wire::xds::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use tonic::Code;
 
@@ -21,10 +23,65 @@ async fn without_a_control_plane_at_start_we_are_not_ready_and_know_nobody_until
     let address = stand.stop_server().await;
     assert!(!*stand.ready.borrow());
     assert_eq!(stand.mesh.current().epoch, 0);
+    let stale = |stand: &Stand| -> f64 {
+        let page = stand.metrics();
+        page.lines().find_map(|line| line.strip_prefix("culvert_xds_stale_seconds ")?.parse().ok()).unwrap_or_else(|| panic!("{page}"))
+    };
+    let (before, later) = (stale(&stand), stale(&stand));
+    assert!(before > 0.0 && later > before, "it grows: {before}, {later}");
     stand.restart_server(address).await;
     let _stream = stand.server.synced(vec![pod_resource(&pod("a", [10, 0, 0, 1]), "1")], vec![]).await;
     stand.ready().await;
     assert!(stand.has(A));
+    assert_eq!(stale(&stand), 0.0);
+}
+
+/// One that has forgotten what it told us, and tells it all again.
+#[tokio::test]
+async fn five_thousand_workloads_are_caught_up_with_in_five_seconds_and_what_is_as_it_was_stays() {
+    let named = |index: u16| {
+        let [high, low] = index.to_be_bytes();
+        pod(&format!("p{index}"), [10, 1, high, low])
+    };
+    let everything = |version: &str| -> Vec<_> { (0..5000).map(|index| pod_resource(&named(index), version)).collect() };
+    let mut stand = Stand::new().await;
+    let stream = stand.server.synced(everything("1"), vec![policy_resource("p", Scope::Namespace, 1)]).await;
+    stand.ready().await;
+    let before = stand.mesh.current();
+    let address = stand.stop_server().await;
+    drop(stream);
+    stand.restart_server(address).await;
+    let mut stream = stand.server.accept().await;
+    let begun = Instant::now();
+    assert_eq!(stream.request().await.initial_resource_versions.len(), 5000);
+    stream.request().await;
+    let mut all = everything("2");
+    let moved = workload::Workload { node: "elsewhere".into(), ..named(4321) };
+    all[4321] = pod_resource(&moved, "2");
+    stream.push(ADDRESS_TYPE, all, &[]).await;
+    stream.acked().await;
+    stream.push(AUTHORIZATION_TYPE, vec![policy_resource("p", Scope::Namespace, 1)], &[]).await;
+    stream.acked().await;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let after = stand.mesh.current();
+    assert_eq!(&*after.snapshot.workload(&moved.uid).unwrap().node, "elsewhere");
+    assert_eq!((after.snapshot.workloads().count(), after.epoch - before.epoch), (5000, 1), "one change is one new world");
+    let kept = |world: &culvert::discovery::World| world.snapshot.workload(&named(7).uid).unwrap();
+    assert_eq!(kept(&before), kept(&after));
+}
+
+#[tokio::test]
+async fn a_control_plane_that_takes_its_time_is_waited_for() {
+    let mut stand = Stand::new().await;
+    let mut stream = stand.server.accept().await;
+    for (kind, resources) in [(ADDRESS_TYPE, vec![pod_resource(&pod("a", [10, 0, 0, 1]), "1")]), (AUTHORIZATION_TYPE, vec![])] {
+        stream.request().await;
+        // The fault itself: half a second for each message.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        stream.push(kind, resources, &[]).await;
+    }
+    stand.ready().await;
+    assert!(stand.has(A) && !stand.server.has_stream(), "it was called again");
 }
 
 /// Ten minutes of a clock that is only moved on: the client waits its real waits.
@@ -120,6 +177,8 @@ async fn a_stream_that_hangs_is_noticed_and_opened_anew() {
     *target.lock().unwrap() = Some(stand.server.address);
     let _stream = stand.server.synced(vec![pod_resource(&pod("a", [10, 0, 0, 1]), "1")], vec![]).await;
     stand.ready().await;
+    let default = grpc::Config::new("localhost:1".parse().unwrap(), RootSource::System);
+    assert!(default.ping_interval + default.ping_timeout <= Duration::from_secs(30), "by default, within 30 s (F4)");
     freezer.freeze();
     let mut again = stand.server.accept().await;
     assert_eq!(again.request().await.initial_resource_versions.len(), 1);

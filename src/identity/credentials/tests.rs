@@ -165,7 +165,7 @@ async fn a_hundred_identities_fetched_by_many_are_asked_for_once_each() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_come_before_warm_up_before_renewal() {
+async fn connections_come_before_warm_up() {
     let bench = bench(1);
     let first = bench.fetch("first");
     settle().await;
@@ -184,6 +184,39 @@ async fn connections_come_before_warm_up_before_renewal() {
     assert_eq!(bench.asked()[0], "first");
     assert_eq!(bench.asked()[3], "warm1");
     assert!(bench.asked()[1..3].contains(&"urgent".to_owned()) && bench.asked()[1..3].contains(&"warm2".to_owned()));
+}
+
+/// All three are due at once: one place comes free after a machine slept.
+#[tokio::test(start_paused = true)]
+async fn warm_up_comes_before_renewal() {
+    let bench = bench(1);
+    bench.store.prefetch(id("old"));
+    tokio::time::sleep(2 * SECOND).await;
+    bench.mood(Mood::Hang);
+    let blocker = bench.fetch("blocker");
+    settle().await;
+    bench.wall.advance(TTL.mul_f64(0.6));
+    bench.store.prefetch(id("new"));
+    assert!(blocker.await.unwrap().is_err());
+    bench.mood(Mood::Sign);
+    tokio::time::sleep(5 * SECOND).await;
+    let asked = bench.asked();
+    assert_eq!(asked[..2], ["old", "blocker"]);
+    let position = |name: &str| asked.iter().skip(2).position(|asked| asked == name).unwrap();
+    assert!(position("new") < position("old"), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_there_or_on_its_way_is_not_fetched_ahead_again() {
+    let bench = bench(1);
+    bench.store.prefetch(id("one"));
+    settle().await;
+    bench.store.prefetch(id("one"));
+    let there = bench.store.fetch(&id("one")).await.unwrap();
+    bench.store.prefetch(id("one"));
+    tokio::time::sleep(10 * SECOND).await;
+    assert_eq!(bench.asked(), ["one"]);
+    assert_eq!(bench.store.fetch(&id("one")).await.unwrap().generation, there.generation);
 }
 
 #[tokio::test(start_paused = true)]

@@ -117,3 +117,53 @@ async fn a_pod_that_invents_names_asks_four_hundred_times_and_then_two_hundred_a
     assert!((95..=100).contains(&again), "{again}");
     assert_eq!(refused(vec![ground.know("neighbour", vec![key(900)])]).await, 0);
 }
+
+/// The addresses of the answer to a question about `web.shop`, as they came, and the code of the answer.
+fn answered(config: Config, name: &str, family: Family) -> Option<(u8, Vec<std::net::IpAddr>)> {
+    let dns = Dns::new(Config { resolv_conf: "/nonexistent/resolv.conf".into(), ..config }, &mut Registry::default());
+    let mut builder = crate::model::SnapshotBuilder::default();
+    let vip = |ip: std::net::IpAddr| crate::model::NetworkAddress { network: "".into(), ip };
+    let vips = (1..=8).map(|last| vip([10, 96, 0, last].into())).chain([vip("fd00::1".parse().unwrap())]).collect();
+    builder.insert_service(crate::model::Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc.cluster.local".into(),
+        vips,
+        ..crate::model::Service::default()
+    });
+    let question = Query::about(name, family).unwrap();
+    let bytes = dns.answer(&builder.build(), &client(), &question, Transport::Udp)?;
+    Some((bytes[3] & 0x0f, message::addresses(&bytes, family).unwrap().list))
+}
+
+#[test]
+fn without_ipv6_its_addresses_are_not_given_and_the_name_is_still_ours() {
+    let six = "fd00::1".parse().unwrap();
+    assert_eq!(answered(Config::default(), "web.shop", Family::Ipv6), Some((0, vec![six])));
+    let without = || Config { ipv6: false, ..Config::default() };
+    assert_eq!(answered(without(), "web.shop", Family::Ipv6), Some((0, Vec::new())));
+    assert_eq!(answered(without(), "web.shop", Family::Ipv4).unwrap().1.len(), 8);
+    assert_eq!(answered(without(), "other.shop", Family::Ipv6), None);
+}
+
+#[test]
+fn addresses_come_in_another_order_each_time() {
+    let orders: HashSet<_> = (0..50).map(|_| answered(Config::default(), "web.shop", Family::Ipv4).unwrap().1).collect();
+    assert!(orders.len() > 25, "{} orders of 50 answers", orders.len());
+    let firsts: HashSet<_> = orders.iter().map(|order| order[0]).collect();
+    assert!(firsts.len() > 4, "{firsts:?}");
+}
+
+/// A dedicated proxy's pod may have been given others than Kubernetes gives.
+#[test]
+fn search_domains_are_those_of_kubernetes_or_those_of_the_pod_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("resolv.conf");
+    std::fs::write(&file, "nameserver 10.0.0.1\nsearch corp.example\n").unwrap();
+    let of = |own: bool| {
+        let config = Config { resolv_conf: file.clone(), own_search_domains: own, ..Config::default() };
+        Dns::new(config, &mut Registry::default()).with_scope(&client(), |scope| scope.search.to_vec())
+    };
+    assert_eq!(of(false), ["shop.svc.cluster.local", "svc.cluster.local", "cluster.local"]);
+    assert_eq!(of(true), ["corp.example"]);
+}
