@@ -195,9 +195,9 @@ fn mangle_prerouting() -> Vec<Rule> {
     vec![(format!("{OURS} counter ct mark set ct mark & 0xfffff000 | 0x111"), "remember connections from the proxy")]
 }
 
-/// Row 5.
+/// Row 5, for answers only: what the proxy sends itself stays in the pod without the route, and looking each packet's route up twice costs.
 fn mangle_output() -> Vec<Rule> {
-    vec![("ct mark & 0xfff == 0x111 counter meta mark set ct mark".into(), "answers to the proxy: the route of table 100")]
+    vec![(format!("{NOT_OURS} ct mark & 0xfff == 0x111 counter meta mark set ct mark"), "answers to the proxy: the route of table 100")]
 }
 
 /// Rows 1 to 3.

@@ -34,7 +34,7 @@ table inet culvert {
     }
     chain mangle_output {
         type route hook output priority -150; policy accept;
-        ct mark & 0xfff == 0x111 counter meta mark set ct mark comment "answers to the proxy: the route of table 100"
+        meta mark & 0xfff != 0x539 ct mark & 0xfff == 0x111 counter meta mark set ct mark comment "answers to the proxy: the route of table 100"
     }
     chain nat_prerouting {
         type nat hook prerouting priority -100; policy accept;
