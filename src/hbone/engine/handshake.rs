@@ -1,11 +1,12 @@
 //! The TLS handshake by rustls, up to the point where it hands over its secrets. From then on rustls is gone: the record layer is ours.
 
 use std::io;
+use std::ops::Deref;
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
-use rustls::{CipherSuite, ExtractedSecrets, ProtocolVersion};
+use rustls::{CipherSuite, CommonState, ExtractedSecrets, ProtocolVersion};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -18,15 +19,24 @@ use crate::identity::{Credential, TrafficSecrets, capture_secrets};
 const INCOMING_LIMIT: usize = 96 << 10;
 
 /// The two kinds of unbuffered connection have the same shape and no common trait.
-trait Handshaking {
+trait Handshaking: Deref<Target: Deref<Target = CommonState>> + Sized {
     type Data;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+    fn into_secrets(self) -> Result<ExtractedSecrets, rustls::Error>;
+    /// What we receive with and what we send with.
+    fn ours(secrets: &TrafficSecrets) -> (&[u8], &[u8]);
 }
 
 impl Handshaking for UnbufferedClientConnection {
     type Data = rustls::client::ClientConnectionData;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
+    }
+    fn into_secrets(self) -> Result<ExtractedSecrets, rustls::Error> {
+        self.dangerous_into_kernel_connection().map(|(secrets, _)| secrets)
+    }
+    fn ours(secrets: &TrafficSecrets) -> (&[u8], &[u8]) {
+        (&secrets.server, &secrets.client)
     }
 }
 
@@ -35,37 +45,39 @@ impl Handshaking for UnbufferedServerConnection {
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
     }
+    fn into_secrets(self) -> Result<ExtractedSecrets, rustls::Error> {
+        self.dangerous_into_kernel_connection().map(|(secrets, _)| secrets)
+    }
+    fn ours(secrets: &TrafficSecrets) -> (&[u8], &[u8]) {
+        (&secrets.client, &secrets.server)
+    }
 }
 
 /// Handshakes as the client; who answered is for the caller to check.
 pub(in crate::hbone) async fn connect(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
     // The name is never sent (SNI is off) and never checked (the SPIFFE ID is): rustls only wants one. The socket may have no address at all.
     let name = rustls::pki_types::ServerName::IpAddress(std::net::Ipv6Addr::UNSPECIFIED.into());
-    let mut connection = UnbufferedClientConnection::new(credential.client_config(), name).map_err(|error| tls(&error))?;
-    let (socket, secrets, input) = run(socket, &mut connection).await?;
-    crate::hbone::require_alpn(connection.alpn_protocol())?;
-    let chain = connection.peer_certificates().unwrap_or_default().to_vec();
-    let is_older = connection.protocol_version() == Some(ProtocolVersion::TLSv1_2);
-    let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
-    if is_older {
-        return older::adapt(socket, &extracted, chain, input);
-    }
-    let (opener, sealer) = directions(&extracted, &secrets.server, &secrets.client)?;
-    Ok(Established { socket, opener, sealer, chain, input })
+    establish(socket, UnbufferedClientConnection::new(credential.client_config(), name)).await
 }
 
 /// Handshakes as the server; the configuration has verified the client.
 pub(in crate::hbone) async fn welcome(socket: TcpStream, credential: &Credential) -> Result<Established, Error> {
-    let mut connection = UnbufferedServerConnection::new(credential.server_config()).map_err(|error| tls(&error))?;
+    establish(socket, UnbufferedServerConnection::new(credential.server_config())).await
+}
+
+/// Brings a handshake to its end and takes over from rustls.
+async fn establish<C: Handshaking>(socket: TcpStream, connection: Result<C, rustls::Error>) -> Result<Established, Error> {
+    let mut connection = connection.map_err(|error| tls(&error))?;
     let (socket, secrets, input) = run(socket, &mut connection).await?;
     crate::hbone::require_alpn(connection.alpn_protocol())?;
     let chain = connection.peer_certificates().unwrap_or_default().to_vec();
     let is_older = connection.protocol_version() == Some(ProtocolVersion::TLSv1_2);
-    let (extracted, _) = connection.dangerous_into_kernel_connection().map_err(|error| tls(&error))?;
+    let extracted = connection.into_secrets().map_err(|error| tls(&error))?;
     if is_older {
         return older::adapt(socket, &extracted, chain, input);
     }
-    let (opener, sealer) = directions(&extracted, &secrets.client, &secrets.server)?;
+    let (receive, send) = C::ours(&secrets);
+    let (opener, sealer) = directions(&extracted, receive, send)?;
     Ok(Established { socket, opener, sealer, chain, input })
 }
 
