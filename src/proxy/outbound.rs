@@ -160,7 +160,12 @@ struct Journey {
 
 async fn decide(pod: &PodProxy, target: SocketAddr) -> Result<(Arc<Workload>, Route), Error> {
     // Before the wait for the workload: a loop must end at once.
-    route::refuse_recursion(Entry::Outbound, target, &pod.node.config.route)?;
+    let config = &pod.node.config.route;
+    route::refuse_recursion(Entry::Outbound, target, config)?;
+    // The mesh may not know all addresses of the pod, or none yet. Taken for somebody else's, one would lead back here, and so on without end.
+    if route::is_own_port(target.port(), config) && pod.sockets.are_at(target.ip()) {
+        return Err(RouteError::RecursiveCall(target).into());
+    }
     let source = pod.local_workload().await?;
     demand::prepare(&pod.node.mesh, &pod.node.config.route, (&pod.name, &source), target).await?;
     let world = pod.node.mesh.current();

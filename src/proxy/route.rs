@@ -208,14 +208,17 @@ pub enum Entry {
     Hbone,
 }
 
+/// Whether this proxy may have a listener on the port, on one of the pod's addresses or on loopback (reference, dataplane §1.7).
+pub fn is_own_port(port: u16, config: &RouteConfig) -> bool {
+    matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | HBONE_PORT) || (config.socks && port == SOCKS_PORT)
+}
+
 /// Refuses a connection by which the proxy would call itself (reference, dataplane §1.7).
 pub fn refuse_recursion(entry: Entry, target: SocketAddr, config: &RouteConfig) -> Result<(), RouteError> {
     let target = canonical_socket(target);
-    let port = target.port();
-    let own = matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | HBONE_PORT) || (config.socks && port == SOCKS_PORT);
     // The kernel takes the unspecified address for loopback.
     let here = entry != Entry::Outbound || target.ip().is_loopback() || target.ip().is_unspecified();
-    if own && here { Err(RouteError::RecursiveCall(target)) } else { Ok(()) }
+    if here && is_own_port(target.port(), config) { Err(RouteError::RecursiveCall(target)) } else { Ok(()) }
 }
 
 /// Decides where a connection of `source` to `destination` goes (reference, dataplane §3.3). Takes a few look-ups, plus a

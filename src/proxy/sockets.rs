@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use super::Config;
 use crate::hbone::Dialer;
 use crate::pods::PACKET_MARK;
 use crate::sys::datagram::dial_udp;
+use crate::sys::link::sysctl;
 use crate::sys::netns::NetNs;
 use crate::sys::socket::{BORROWED_MARK_BIT, DialOptions, dial_socket};
 use crate::telemetry::limited;
@@ -54,6 +55,28 @@ impl PodSockets {
     /// Those of [`deliver`](Self::deliver).
     pub async fn connect(&self, target: SocketAddr) -> io::Result<TcpStream> {
         self.open(target, None, &self.options).await.map(|(socket, _)| socket)
+    }
+
+    /// Whether an address is one of the pod's, or of a prefix that is local to it: a socket can be bound to it. In a pod that lets sockets have foreign
+    /// addresses as well, whether it is where the kernel would call it from. Nothing is sent.
+    pub(super) fn are_at(&self, ip: IpAddr) -> bool {
+        let (foreign, unspecified): (_, IpAddr) = match ip {
+            IpAddr::V4(_) => ("net.ipv4.ip_nonlocal_bind", Ipv4Addr::UNSPECIFIED.into()),
+            IpAddr::V6(_) => ("net.ipv6.ip_nonlocal_bind", Ipv6Addr::UNSPECIFIED.into()),
+        };
+        let source = || -> io::Result<IpAddr> {
+            let socket = std::net::UdpSocket::bind((unspecified, 0))?;
+            socket.connect((ip, 9))?;
+            Ok(socket.local_addr()?.ip())
+        };
+        let ours = || {
+            let bound = std::net::UdpSocket::bind((ip, 0)).is_ok();
+            bound && (sysctl(foreign).is_ok_and(|value| value.trim() == "0") || source().is_ok_and(|source| source == ip))
+        };
+        match &self.netns {
+            Some(netns) => netns.run(ours).unwrap_or(false),
+            None => ours(),
+        }
     }
 
     /// A UDP socket to a nameserver: of the pod, so that its NetworkPolicy holds, but of this process for a nameserver on a loopback address, which
@@ -110,7 +133,28 @@ impl Dialer for PodSockets {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::sys::link::Links;
+    use crate::sys::link::{Links, set_sysctl};
+
+    #[test]
+    fn the_addresses_of_the_pod_are_told_from_others() {
+        let netns = NetNs::create().unwrap();
+        let addresses = || {
+            let links = Links::open().unwrap();
+            links.set_up("lo").unwrap();
+            // A whole prefix of it is local, as is all of 127.0.0.0/8.
+            ["10.9.0.1/24", "fd00:9::1/128"].map(|address| links.add_address("lo", address.parse().unwrap()).unwrap())
+        };
+        netns.run(addresses).unwrap();
+        let sockets = PodSockets { netns: Some(netns), options: DialOptions::default(), connect_timeout: Duration::from_secs(20), may_spoof: false };
+        let ours = ["127.0.0.1", "127.1.2.3", "10.9.0.1", "10.9.0.77", "::1", "fd00:9::1"];
+        let theirs = ["10.0.0.1", "fd00::1", "fe80::1"];
+        let are_at = |ips: &[&str]| ips.iter().map(|ip| sockets.are_at(ip.parse().unwrap())).collect::<Vec<_>>();
+        assert_eq!((are_at(&ours), are_at(&theirs)), (vec![true; 6], vec![false; 3]));
+        for family in ["ipv4", "ipv6"] {
+            sockets.netns.as_ref().unwrap().run(|| set_sysctl(&format!("net.{family}.ip_nonlocal_bind"), "1")).unwrap().unwrap();
+        }
+        assert_eq!((are_at(&["127.0.0.1", "10.9.0.1", "::1", "fd00:9::1"]), are_at(&theirs)), (vec![true; 4], vec![false; 3]));
+    }
 
     #[tokio::test]
     async fn an_application_is_reached_without_its_clients_address_if_the_kernel_refuses_that_and_its_caller_is_told() {

@@ -560,8 +560,7 @@ pods:
             calls.push((pod, ip, 15008, Counted::Early(own, "destination", "handshake")));
         }
         for ip in addresses(pod) {
-            // Through its own tunnel to itself, where it is refused.
-            calls.push((pod, ip, 15001, Counted::FarLoop(own, own)));
+            calls.push((pod, ip, 15001, Counted::Early(own, "source", "loop")));
             calls.push((pod, ip, 15006, Counted::Early(own, "destination", "loop")));
             calls.push((pod, ip, 15008, Counted::Early(own, "destination", "handshake")));
         }
@@ -617,6 +616,65 @@ pods:
     }
     mesh.wait_for_log("left", &["\twarn\t", "connection failed", "direction=\"outbound\"", "recursive call: 127.0.0.1:15001"]);
     mesh.wait_for_log("right", &["\twarn\t", "connection failed", "direction=\"inbound\"", "recursive call"]);
+}
+
+#[test]
+fn a_pod_that_calls_its_own_proxy_is_refused_at_once_whatever_the_mesh_knows_of_it() {
+    let mesh = Mesh::up("nodes: [left]\npods:\n  - {name: client, serviceAccount: client, node: left}\n");
+    // The mesh knows nothing of these.
+    let unknown: [IpAddr; 2] = ["10.250.0.1".parse().unwrap(), "fd00:250::1".parse().unwrap()];
+    mesh.run_in(Place::Pod("client"), || {
+        let links = culvert::sys::link::Links::open().unwrap();
+        for ip in unknown {
+            links.add_address("eth0", ipnet::IpNet::from(ip)).unwrap();
+        }
+    });
+    let known = [mesh.ip("client"), mesh.ip6("client")];
+    let used = cpu(mesh.proxy_pid("left"));
+    let mut count = 0.0;
+    for of_the_mesh in [true, false] {
+        if !of_the_mesh {
+            // Now it knows nothing of the pod either, for whom a connection would wait for seconds.
+            let file = mesh.status().mesh_file;
+            std::fs::write(file.with_extension("tmp"), r#"{"workloads": [], "services": [], "policies": []}"#).unwrap();
+            std::fs::rename(file.with_extension("tmp"), &file).unwrap();
+            wait_until("the file was read", || mesh.config_dump("left")["workloads"].as_array().is_some_and(Vec::is_empty));
+        }
+        for ip in unknown.into_iter().chain(known).flat_map(|ip| [ip, mapped(ip)]) {
+            for (port, listened) in [(15001, true), (15006, true), (15053, false), (15080, false)] {
+                let (target, begin) = (SocketAddr::new(ip, port), std::time::Instant::now());
+                let connected = mesh.run_in(Place::Pod("client"), || TcpStream::connect_timeout(&target, crate::mesh::PATIENCE));
+                match (connected, listened) {
+                    (Err(error), false) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{target}"),
+                    (Ok(_), false) => panic!("{target} is connected"),
+                    (connected, true) => {
+                        if let Ok(socket) = connected {
+                            socket.set_read_timeout(Some(crate::mesh::PATIENCE)).unwrap();
+                            ends_with_an_alert_at_most(socket);
+                        }
+                        count += 1.0;
+                        let loops = || refusals(&mesh, "left", "source", "loop") + refusals(&mesh, "left", "destination", "loop");
+                        wait_until(&format!("{target} is refused"), || loops() >= count);
+                        assert_eq!(loops(), count, "{target}");
+                    }
+                }
+                assert!(begin.elapsed() < std::time::Duration::from_secs(3), "{target}: {:?}", begin.elapsed());
+            }
+        }
+    }
+    // Ten of these lines a second at most; the first are there.
+    mesh.wait_for_log(
+        "left",
+        &["\twarn\t", "connection failed", "direction=\"outbound\"", "recursive call: 10.250.0.1:15001 is a port of this proxy"],
+    );
+    mesh.wait_for_log(
+        "left",
+        &["\twarn\t", "connection failed", "direction=\"inbound\"", "recursive call: 10.250.0.1:15006 is a port of this proxy"],
+    );
+    wait_until("nothing of it is left", || mesh.metric("left", "istio_tcp_sockets_open", &[]) == 0.0);
+    assert_eq!(mesh.metric("left", "istio_tcp_connections_opened_total", &[]), 0.0);
+    let used = cpu(mesh.proxy_pid("left")) - used;
+    assert!(used < 2.0, "{used} s of CPU");
 }
 
 /// Says something that is no TLS and waits for the end of the connection; a TLS alert may come before it.
