@@ -31,6 +31,8 @@ mod older;
 mod pool;
 #[path = "tunnel/requests.rs"]
 mod requests;
+#[path = "tunnel/reserve.rs"]
+mod reserve;
 #[path = "tunnel/seam.rs"]
 mod seam;
 #[path = "tunnel/streams.rs"]

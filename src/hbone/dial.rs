@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 use super::accept::cut_when_revoked;
-use super::engine::{self, Answered, Command, Inbox, Next, Side, Thawed, Tunnel};
+use super::engine::{self, Answered, Command, Inbox, Next, STARVED, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
 use super::moving::{MovedStream, Mover};
 use super::stream::{Relaying, TunnelStream};
@@ -223,9 +223,14 @@ impl ClientTunnel {
         let _ = self.inbox.send(Command::Abort);
     }
 
-    /// Takes a place for one more stream if there is one.
+    /// Whether the peer withholds the credit of streams that are no more.
+    pub(super) fn is_spent(&self) -> bool {
+        self.inbox.short_for() >= STARVED && self.state.in_use.load(Ordering::Acquire) == 0
+    }
+
+    /// Takes a place for one more stream if there is one, and bytes of it would get through.
     pub(super) fn reserve(&self) -> Option<StreamSlot> {
-        if self.is_closed() {
+        if self.is_closed() || self.inbox.short_for() >= STARVED {
             return None;
         }
         let most = self.max_streams.min(self.inbox.streams()).max(1);

@@ -2,7 +2,7 @@
 //!
 //! For one key only one dial is under way; everybody else waits for it and shares its tunnel, or its error. A tunnel serves at most
 //! [`Config::pool_max_streams`](super::Config::pool_max_streams) streams at once and takes new ones again when old ones end (the reference
-//! drops a full one for good).
+//! drops a full one for good). One whose peer gives no credit, because streams of it are not read, takes none either until it does.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -145,7 +145,7 @@ impl Pool {
                 }
                 let Tunnels { by_key, dials, .. } = &mut *tunnels;
                 let entry = by_key.entry(key.clone()).or_default();
-                entry.tunnels.retain(|tunnel| !tunnel.is_closed());
+                entry.tunnels.retain(|tunnel| !tunnel.is_closed() && !tunnel.is_spent());
                 if let Some((tunnel, slot)) = entry.tunnels.iter().find_map(|tunnel| tunnel.reserve().map(|slot| (tunnel.clone(), slot))) {
                     return Ok(Checkout { tunnel, slot, fresh });
                 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::{Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use crate::bulk::{gibibyte_each_way, receive, send};
 use crate::ground::{ENVOY, Ground, ROLES, Role};
@@ -49,6 +50,40 @@ fn five_hundred_streams_at_once_carry_each_its_own_bytes() {
         drop(sockets);
         wait_until("all streams have ended", || figure("rq_active") == 0);
     }
+}
+
+#[test]
+fn requests_to_envoy_pass_uploads_that_have_stalled_with_the_tunnels_whole_window() {
+    let Some(ground) = Ground::up() else { return };
+    let silent = ground.listen(Role::Server, 9000);
+    serve_echo(ground.listen(Role::Server, 8080));
+    let mut open = ground.connect(Role::Server, 8080, 1).remove(0);
+    echo_on(&mut open, b"before").unwrap();
+    let (mut stalled, mut stuck) = (Vec::new(), 0);
+    for _ in 0..3 {
+        let (mut caller, server) = ground.pair(Role::Server, &silent);
+        caller.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+        while let Ok(sent) = caller.write(&[7; 64 << 10]) {
+            stuck += sent;
+        }
+        stalled.push((caller, server));
+    }
+    // Envoy gives nothing back before it is half of its window: a connection that is open has what is kept for such, 128 KiB.
+    for _ in 0..1000 {
+        echo_on(&mut open, &[b'x'; 100]).unwrap();
+    }
+    // New ones are not opened there for long.
+    let tunnels = || ground.figure("http.hbone.downstream_cx_total");
+    wait_until("there is another tunnel", || {
+        ground.mesh.echo("client", ground.target(Role::Server, 8080)).unwrap();
+        tunnels() == 2
+    });
+    for _ in 0..100 {
+        ground.mesh.echo("client", ground.target(Role::Server, 8080)).unwrap();
+    }
+    echo_on(&mut open, b"after").unwrap();
+    assert_eq!(tunnels(), 2);
+    report(&format!("{} MiB were stuck", stuck >> 20));
 }
 
 #[test]

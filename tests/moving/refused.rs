@@ -45,7 +45,7 @@ async fn damaged_bytes_are_refused_with_a_reason() {
     }
     let mut newer = bytes.to_vec();
     newer[9] += 1;
-    assert_eq!(refused(&newer).to_string(), "the state of a tunnel has version 2, this build reads version 1");
+    assert_eq!(refused(&newer).to_string(), "the state of a tunnel has version 3, this build reads version 2");
     let mut dice = Dice(1);
     for _ in 0..2000 {
         let noise: Vec<u8> = (0..dice.roll(600)).map(|_| u8::try_from(dice.roll(256)).unwrap()).collect();

@@ -11,9 +11,11 @@ use super::super::stream::Role;
 use super::super::{ConnectResponse, Error};
 use super::frame::Reason;
 use super::frozen::Freeze;
-use super::stream::Phase;
+use super::ready::StreamWaker;
+use super::stream::{Application, Phase};
 use super::tunnel::Tunnel;
 use crate::forward::Ended;
+use crate::sys::socket::reset_on_close;
 use crate::telemetry::Meter;
 
 /// What became of a CONNECT of ours.
@@ -54,7 +56,7 @@ pub(in crate::hbone) enum Command {
 pub(super) fn refuse(commands: VecDeque<Command>) {
     for command in commands {
         if let Command::Attach(attach) = command {
-            let _ = crate::sys::socket::reset_on_close(&attach.socket);
+            let _ = reset_on_close(&attach.socket);
         }
     }
 }
@@ -71,7 +73,28 @@ pub(in crate::hbone) struct Attach {
 }
 
 impl Tunnel {
-    /// Gives up requests of ours that nobody waits for.
+    /// Gives a stream its application.
+    pub(super) fn attach(&mut self, attach: Attach) {
+        let Some(slot) = self.streams.slot_of(attach.id) else {
+            // The peer reset it in the meantime.
+            let _ = reset_on_close(&attach.socket);
+            let _ = attach.done.send(Ended::Disconnected(std::io::ErrorKind::ConnectionReset.into()));
+            return;
+        };
+        let wake = StreamWaker::new(&self.inbox, slot);
+        if let Some(stream) = self.streams.at(slot) {
+            stream.phase = Phase::Relaying(Application::new(attach, wake));
+            if stream.sent_end {
+                stream.end_sent();
+            }
+            self.drain_backlog(slot);
+            self.settle(slot);
+            self.check_gone(slot);
+            self.enqueue(slot);
+        }
+    }
+
+    /// Gives up requests of ours that nobody waits for: at once, or, when there were too many of them, with their answers.
     pub(super) fn sweep(&mut self) {
         for slot in self.streams.slots() {
             let forsaken = self.streams.at(slot).is_some_and(|stream| matches!(&stream.phase, Phase::Asking(answer) if answer.is_closed()));

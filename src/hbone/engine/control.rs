@@ -258,8 +258,10 @@ impl Tunnel {
             if increment == 0 {
                 return Err(Reason::PROTOCOL_ERROR);
             }
-            self.send_window += i64::from(increment);
-            return if self.send_window > MAX_WINDOW { Err(Reason::FLOW_CONTROL_ERROR) } else { Ok(()) };
+            self.release_held();
+            let fits = self.credit.give(increment);
+            self.note_shortage();
+            return if fits { Ok(()) } else { Err(Reason::FLOW_CONTROL_ERROR) };
         }
         if self.is_idle(head.stream) {
             return Err(Reason::PROTOCOL_ERROR);

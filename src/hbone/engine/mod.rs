@@ -53,6 +53,7 @@ mod headers;
 mod older;
 mod ready;
 mod receive;
+mod reserve;
 mod spare;
 mod stream;
 mod temper;
@@ -75,6 +76,7 @@ pub(super) use frozen::{Freeze, Thawed};
 pub use frozen::{Frozen, StateError};
 pub(super) use handshake::{connect, welcome};
 pub(super) use ready::Inbox;
+pub(super) use reserve::STARVED;
 pub(super) use tunnel::{Next, Side, Tunnel};
 
 /// The receive window that a stream starts with at most; it grows while its application keeps up.

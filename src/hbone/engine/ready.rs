@@ -5,12 +5,17 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Where wake-ups and commands wait for the tunnel's task.
 pub(in crate::hbone) struct Inbox<C> {
     inner: Mutex<Inner<C>>,
     /// Streams that the peer serves at once, once it has said so. Until then more than 100 wait in the tunnel.
     streams: AtomicU32,
+    /// Since when the tunnel has no credit beside its reserve.
+    short: Mutex<Option<Instant>>,
 }
 
 struct Inner<C> {
@@ -25,6 +30,7 @@ impl<C: Send + 'static> Inbox<C> {
         Arc::new(Self {
             inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }),
             streams: AtomicU32::new(u32::MAX),
+            short: Mutex::new(None),
         })
     }
 
@@ -34,6 +40,17 @@ impl<C: Send + 'static> Inbox<C> {
 
     pub(in crate::hbone) fn streams(&self) -> usize {
         self.streams.load(Ordering::Relaxed) as usize
+    }
+
+    /// Says whether the tunnel has no credit beside its reserve.
+    pub(super) fn set_short(&self, short: bool) {
+        *self.short.lock().unwrap_or_else(PoisonError::into_inner) = short.then(Instant::now);
+    }
+
+    /// For how long the tunnel has had no credit beside its reserve.
+    pub(in crate::hbone) fn short_for(&self) -> Duration {
+        // An instant is whole whoever panicked.
+        self.short.lock().unwrap_or_else(PoisonError::into_inner).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<C>> {

@@ -6,10 +6,10 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::io::Interest;
+use tokio::io::{Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -86,6 +86,12 @@ impl Application {
         self.socket.poll_read_ready(&mut Context::from_waker(&self.waker)).is_ready()
     }
 
+    /// Whether the socket has bytes to read before its end; if neither has come, the stream is woken when something does.
+    pub(super) fn has_more(&self) -> Poll<io::Result<bool>> {
+        let mut octet = [0];
+        self.socket.poll_peek(&mut Context::from_waker(&self.waker), &mut ReadBuf::new(&mut octet)).map_ok(|count| count > 0)
+    }
+
     fn is_writable(&self) -> bool {
         self.socket.poll_write_ready(&mut Context::from_waker(&self.waker)).is_ready()
     }
@@ -135,7 +141,7 @@ pub(super) struct Stream {
     pub(super) shut_down: bool,
     /// It is in the queue of streams that may have something to send.
     pub(super) queued: bool,
-    /// Its last turn fitted into one record.
+    /// It sends little: its last turn fitted into one record, unless it was cut short.
     pub(super) sparse: bool,
     /// Received and not yet taken by the application.
     pub(super) backlog: Backlog,

@@ -2,7 +2,7 @@
 //! where they lie, and everything goes out with one write.
 
 use std::io::{self, IoSliceMut};
-use std::task::Context;
+use std::task::{Context, Poll};
 
 use super::super::Error;
 use super::frame::{self, Head, Reason};
@@ -14,7 +14,7 @@ use crate::forward::slab::Slab;
 use crate::sys::stream_io;
 
 /// Payload of a full slot: a record holds the head of a DATA frame and this.
-const SLOT_PAYLOAD: usize = MAX_PLAINTEXT - frame::HEADER;
+pub(super) const SLOT_PAYLOAD: usize = MAX_PLAINTEXT - frame::HEADER;
 /// Octets of a full slot.
 const SLOT: usize = record::HEADER + MAX_PLAINTEXT + record::TRAILER;
 /// Where the payload begins in a slot.
@@ -73,7 +73,7 @@ impl Tunnel {
     /// Fills the empty slab: control frames first, then a share of each stream that has something.
     fn fill(&mut self) {
         let closing = matches!(self.life, Life::Closing(_));
-        if self.control.is_empty() && (self.senders.is_empty() || self.send_window <= 0) {
+        if self.control.is_empty() && (self.senders.is_empty() || self.credit.left() <= 0) {
             return;
         }
         let mut slab = self.output.slab.take().unwrap_or_else(Slab::take);
@@ -136,16 +136,41 @@ impl Tunnel {
             && stream.application().is_some()
         {
             stream.queued = true;
-            // Who sends little goes first, and so never waits for a bulk stream's turn; who sends much loses that at once.
-            if stream.sparse { self.senders.push_front(slot) } else { self.senders.push_back(slot) }
+            self.queue(slot);
         }
+    }
+
+    /// Who sends little goes first, and so never waits for a bulk stream's turn; who sends much loses that at once.
+    fn queue(&mut self, slot: u32) {
+        if self.streams.at(slot).is_some_and(|stream| stream.sparse) { self.senders.push_front(slot) } else { self.senders.push_back(slot) }
+    }
+
+    /// Takes a stream that is no more out of the queue. It would otherwise stay there while the peer gives no credit, and many could follow it.
+    pub(super) fn unqueue(&mut self, slot: u32) {
+        self.senders.retain(|queued| *queued != slot);
+        self.held.retain(|queued| *queued != slot);
+    }
+
+    /// Tells the pool when nothing but the reserve is left, and when there is more again.
+    pub(super) fn note_shortage(&mut self) {
+        if self.credit.is_short() != self.short {
+            self.short = self.credit.is_short();
+            self.inbox.set_short(self.short);
+        }
+    }
+
+    /// The peer gave credit for the whole tunnel: streams that had to leave it to others have their turns again.
+    pub(super) fn release_held(&mut self) {
+        let mut held = std::mem::take(&mut self.held);
+        held.drain(..).for_each(|slot| self.queue(slot));
+        self.held = held;
     }
 
     fn seal_streams(&mut self, slab: &mut Slab, mut end: usize) -> usize {
         // Each stream gets one turn per slab; a lone one gets all of it.
         let mut turns = self.senders.len();
         let share = if turns == 1 { usize::MAX } else { QUANTUM };
-        while turns > 0 && self.send_window > 0 && slab.len() - RESERVED >= end + SLOT {
+        while turns > 0 && self.credit.left() > 0 && slab.len() - RESERVED >= end + SLOT {
             turns -= 1;
             let Some(slot) = self.senders.pop_front() else { break };
             match self.seal_stream(slab, end, slot, share) {
@@ -153,6 +178,7 @@ impl Tunnel {
                     end = new_end;
                     self.senders.push_back(slot);
                 }
+                Turn::Held => self.held.push_back(slot),
                 Turn::Nothing(new_end) => {
                     end = new_end;
                     if let Some(stream) = self.streams.at(slot) {
@@ -166,7 +192,6 @@ impl Tunnel {
 
     /// Reads one stream's application into slots from `end` on, and seals what came.
     fn seal_stream(&mut self, slab: &mut Slab, end: usize, slot: u32, share: usize) -> Turn {
-        let connection = usize::try_from(self.send_window).unwrap_or(0);
         let Some(stream) = self.streams.at(slot) else { return Turn::Nothing(end) };
         let window = usize::try_from(stream.send_window).unwrap_or(0);
         if window == 0 || stream.sent_end {
@@ -174,9 +199,18 @@ impl Tunnel {
         }
         let id = stream.id;
         let Phase::Relaying(application) = &stream.phase else { return Turn::Nothing(end) };
-        let allowed = share.min(window).min(connection);
+        let credit = self.credit.available(slot, stream.sparse);
+        let allowed = share.min(window).min(credit);
         let read = loop {
-            let outcome = read_into_slots(&application.socket, slab, end, allowed);
+            let outcome = match allowed {
+                // An end needs no credit.
+                0 => match application.has_more() {
+                    Poll::Ready(Ok(true)) => return Turn::Held,
+                    Poll::Ready(outcome) => outcome.map(|_| 0),
+                    Poll::Pending => return Turn::Nothing(end),
+                },
+                _ => read_into_slots(&application.socket, slab, end, allowed),
+            };
             match outcome {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if !application.is_readable() {
@@ -201,11 +235,11 @@ impl Tunnel {
                 let more = application.is_readable();
                 self.temper.moved(count);
                 let moved = i64::try_from(count).unwrap_or(0);
-                self.send_window -= moved;
                 if let Some(stream) = self.streams.at(slot) {
-                    stream.sparse = count <= SLOT_PAYLOAD;
+                    stream.sparse = self.credit.spend(slot, stream.sparse, count);
                     stream.send_window -= moved;
                 }
+                self.note_shortage();
                 let new_end = self.seal_slots(slab, end, id, count);
                 if more { Turn::More(new_end) } else { Turn::Nothing(new_end) }
             }
@@ -257,6 +291,8 @@ impl Tunnel {
 enum Turn {
     /// It has more, and is to wait for its next turn.
     More(usize),
+    /// What is left of the tunnel's window is not for it.
+    Held,
     /// It has nothing now, and will say when it has.
     Nothing(usize),
 }

@@ -16,12 +16,13 @@ use tokio::time::{Instant, Sleep};
 use super::super::budget::Windows;
 use super::super::{Endpoint, Error};
 use super::clock::{LAST_CALL, Watch};
-use super::command::{self, Answered, Attach, Command};
+use super::command::{self, Answered, Command};
 use super::control::{Frame, PeerSettings};
 use super::frame::{self, Reason, Walker};
 use super::frozen::Freeze;
 use super::headers::HeaderBlock;
-use super::ready::{Inbox, StreamWaker};
+use super::ready::Inbox;
+use super::reserve::Credit;
 use super::stream::{Application, Granted, Phase, Stream, Streams, Wakes};
 use super::temper::Temper;
 use super::{Asked, Established, INITIAL_WINDOW, INITIAL_WINDOW_OPENED};
@@ -108,7 +109,10 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) peer: PeerSettings,
     /// The peer has acknowledged our SETTINGS.
     pub(super) limit_known: bool,
-    pub(super) send_window: i64,
+    /// What the peer lets us send.
+    pub(super) credit: Credit,
+    /// Nothing but the reserve of that is left, as the pool was told.
+    pub(super) short: bool,
     pub(super) receive_window: i64,
     /// The last credit that the peer was given for the tunnel.
     pub(super) granted: Granted,
@@ -117,6 +121,8 @@ pub(in crate::hbone) struct Tunnel {
     pub(super) streams: Streams,
     /// Streams whose application may have something to read.
     pub(super) senders: VecDeque<u32>,
+    /// Those of them that wait for more of the tunnel's window.
+    pub(super) held: VecDeque<u32>,
     pub(super) waiting: VecDeque<(Vec<u8>, bool, oneshot::Sender<Answered>)>,
     pub(super) next_id: u32,
     pub(super) last_peer_id: u32,
@@ -171,12 +177,14 @@ impl Tunnel {
             decoder: Decoder::default(),
             peer: PeerSettings::default(),
             limit_known: false,
-            send_window: i64::from(frame::DEFAULT_WINDOW),
+            credit: Credit::default(),
+            short: false,
             receive_window: i64::from(frame::DEFAULT_WINDOW),
             granted: Granted::default(),
             backlog: 0,
             streams: Streams::default(),
             senders: VecDeque::new(),
+            held: VecDeque::new(),
             waiting: VecDeque::new(),
             next_id: 1,
             last_peer_id: 0,
@@ -312,28 +320,8 @@ impl Tunnel {
         }
     }
 
-    fn attach(&mut self, attach: Attach) {
-        let Some(slot) = self.streams.slot_of(attach.id) else {
-            // The peer reset it in the meantime.
-            let _ = crate::sys::socket::reset_on_close(&attach.socket);
-            let _ = attach.done.send(Ended::Disconnected(io::ErrorKind::ConnectionReset.into()));
-            return;
-        };
-        let wake = StreamWaker::new(&self.inbox, slot);
-        if let Some(stream) = self.streams.at(slot) {
-            stream.phase = Phase::Relaying(Application::new(attach, wake));
-            if stream.sent_end {
-                stream.end_sent();
-            }
-            self.drain_backlog(slot);
-            self.settle(slot);
-            self.check_gone(slot);
-            self.enqueue(slot);
-        }
-    }
-
     /// Gives an application more of what waits for it.
-    fn drain_backlog(&mut self, slot: u32) {
+    pub(super) fn drain_backlog(&mut self, slot: u32) {
         let Some(stream) = self.streams.at(slot) else { return };
         let before = stream.backlog.len();
         if before > 0 {
@@ -376,7 +364,7 @@ impl Tunnel {
             frame::put(&mut self.control, frame::RST_STREAM, 0, stream.id, &reason.0.to_be_bytes());
             self.streams.note_reset(stream.id);
         }
-        self.release_backlog(&stream);
+        self.let_go(&stream, slot);
         if let Phase::Relaying(application) = &mut stream.phase {
             let _ = crate::sys::socket::reset_on_close(&*application.socket);
             application.conclude(ended);
@@ -386,12 +374,17 @@ impl Tunnel {
 
     fn forget(&mut self, slot: u32) {
         if let Some(stream) = self.streams.remove(slot) {
-            self.release_backlog(&stream);
+            self.let_go(&stream, slot);
         }
         self.open_waiting();
     }
 
-    fn release_backlog(&mut self, stream: &Stream) {
+    /// A stream is no more.
+    fn let_go(&mut self, stream: &Stream, slot: u32) {
+        if stream.queued {
+            self.unqueue(slot);
+        }
+        self.credit.forget(slot);
         self.backlog -= stream.backlog.len();
         self.credit_connection();
     }

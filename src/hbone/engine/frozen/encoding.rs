@@ -15,7 +15,7 @@ use crate::model::SpiffeId;
 /// The first bytes of every state.
 const MAGIC: &[u8; 8] = b"CVTUNNEL";
 /// The format that this build writes, and the only one that it reads.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Magic, version, length of the body.
 const HEAD: usize = 8 + 2 + 4;
 const CHECKSUM: usize = 32;

@@ -183,7 +183,7 @@ impl Tunnel {
         let mut rest = self.streams.slots();
         rest.sort_unstable();
         let mut left: HashSet<u32> = rest.iter().copied().collect();
-        self.senders.iter().chain(&rest).copied().filter(|slot| left.remove(slot)).collect()
+        self.senders.iter().chain(&self.held).chain(&rest).copied().filter(|slot| left.remove(slot)).collect()
     }
 
     fn duplicates(&mut self, order: &[u32]) -> io::Result<Vec<OwnedFd>> {
@@ -238,7 +238,8 @@ impl Tunnel {
                 initial_window: u32::try_from(self.peer.initial_window).unwrap_or(frame::DEFAULT_WINDOW),
                 max_streams: self.peer.max_streams,
             },
-            send_window: self.send_window,
+            send_window: self.credit.left(),
+            widest_send_window: self.credit.widest(),
             receive_window: self.receive_window,
             window: self.windows.tunnel(),
             next_id: self.next_id,
@@ -304,6 +305,7 @@ fn part_from(mut stream: Stream) -> Option<StreamState> {
         receive_window: i64::from(stream.receive_window),
         owed: stream.owed,
         target_window: stream.target_window,
+        sparse: stream.sparse,
         sent_end: stream.sent_end,
         received_end: stream.received_end,
         shut_down: stream.shut_down,

@@ -51,6 +51,8 @@ plain! {
         settings: SettingsState,
         /// Octets that we may send.
         send_window: i64,
+        /// The most that this has been.
+        widest_send_window: i64,
         /// Octets that the peer may send.
         receive_window: i64,
         /// What the receive window is to be.
@@ -190,6 +192,8 @@ plain! {
         receive_window: i64,
         owed: u32,
         target_window: u32,
+        /// It sent little lately.
+        sparse: bool,
         sent_end: bool,
         received_end: bool,
         shut_down: bool,
@@ -229,6 +233,7 @@ impl State {
             "a preface of another length",
         )?;
         valid(window(self.send_window) && window(self.receive_window) && self.receive_window >= 0 && size(self.window), "a window out of bounds")?;
+        valid((self.send_window..=MAX_WINDOW).contains(&self.widest_send_window), "a widest window that is none")?;
         valid(size(self.settings.initial_window) && size(self.promised.stream_window), "an initial window out of bounds")?;
         valid((16_384..=LARGEST_FRAME).contains(&self.promised.frame_size), "a frame size out of bounds")?;
         valid(size(self.promised.header_list), "a header list out of bounds")?;

@@ -25,6 +25,7 @@ fn full(side: Side) -> State {
         receive_window: 100_000,
         owed: 5000,
         target_window: 262_144,
+        sparse: id == 3,
         sent_end: !shut_down && id == 3,
         received_end: shut_down,
         shut_down,
@@ -53,6 +54,7 @@ fn full(side: Side) -> State {
         promised: Promised { stream_window: 262_144, frame_size: 1 << 20, header_list: 8192, max_streams: 256 },
         settings: SettingsState { known: true, initial_window: 65_535, max_streams: 100 },
         send_window: 12_345,
+        widest_send_window: 23_456,
         receive_window: 654_321,
         window: 1 << 20,
         next_id: 9,
@@ -167,12 +169,13 @@ async fn no_flipped_bit_makes_a_tunnel_panic() {
 #[test]
 fn states_that_no_tunnel_can_have_are_refused() {
     type Spoil = fn(&mut State);
-    let spoil: [(&str, Spoil); 12] = [
+    let spoil: [(&str, Spoil); 13] = [
         ("a stream twice", |state| state.streams.0[1].id = 5),
         ("a stream that was never opened", |state| state.streams.0[0].id = 1001),
         ("an even stream", |state| state.streams.0[0].id = 4),
         ("a window too large", |state| state.send_window = 1 << 31),
         ("more input than a slab", |state| state.input = vec![0; crate::forward::slab::SLAB + 1]),
+        ("a widest window below the present one", |state| state.widest_send_window = 12_344),
         ("a frame that is longer than allowed", |state| state.promised.frame_size = 1 << 24),
         ("payload without a frame", |state| state.frame.current = None),
         ("more payload to come than the frame has", |state| state.frame.left = 41),
@@ -193,7 +196,7 @@ proptest! {
     #[test]
     fn random_bytes_are_refused(noise in prop::collection::vec(any::<u8>(), 0..2000)) {
         prop_assert!(encoding::open::<State>(&noise).is_err());
-        let mut framed = b"CVTUNNEL\x00\x01".to_vec();
+        let mut framed = b"CVTUNNEL\x00\x02".to_vec();
         framed.extend_from_slice(&u32::try_from(noise.len()).unwrap().to_be_bytes());
         framed.extend_from_slice(&noise);
         prop_assert!(!matches!(encoding::open::<State>(&sealed(framed)), Err(StateError::Foreign | StateError::Checksum | StateError::Version(_)) | Ok(_)));

@@ -14,6 +14,7 @@ use crate::forward::slab::Slab;
 use crate::hbone::engine::clock::Watch;
 use crate::hbone::engine::control::Frame;
 use crate::hbone::engine::headers::HeaderBlock;
+use crate::hbone::engine::reserve::Credit;
 use crate::hbone::engine::stream::{Phase, Stream};
 use crate::hbone::engine::tunnel::{Life, Side, Tunnel};
 use crate::hbone::engine::{Early, Established};
@@ -118,7 +119,8 @@ impl State {
         if self.settings.known {
             tunnel.inbox.allow(self.settings.max_streams);
         }
-        tunnel.send_window = self.send_window;
+        tunnel.credit = Credit::resumed(self.send_window, self.widest_send_window);
+        tunnel.note_shortage();
         tunnel.receive_window = self.receive_window;
         (tunnel.next_id, tunnel.last_peer_id) = (self.next_id, self.last_peer_id);
         tunnel.life = self.draining.map_or(Life::Live, |last| Life::Draining { last });
@@ -144,6 +146,7 @@ impl State {
             // Checked when it was read.
             taken.receive_window = i32::try_from(stream.receive_window).unwrap_or(i32::MAX);
             taken.owed = stream.owed;
+            taken.sparse = stream.sparse;
             (taken.sent_end, taken.received_end, taken.shut_down) = (stream.sent_end, stream.received_end, stream.shut_down);
             taken.backlog.push(&std::mem::take(&mut stream.backlog));
             tunnel.backlog += taken.backlog.len();
