@@ -29,6 +29,8 @@ mod keepalive;
 mod older;
 #[path = "tunnel/pool.rs"]
 mod pool;
+#[path = "tunnel/rates.rs"]
+mod rates;
 #[path = "tunnel/requests.rs"]
 mod requests;
 #[path = "tunnel/reserve.rs"]

@@ -147,6 +147,9 @@ pub enum Error {
     /// The tunnel broke.
     #[error("HTTP/2 error: {0}")]
     Tunnel(String),
+    /// The peer asked too much without moving bytes, see the guards of the engine. What it was.
+    #[error("closed with ENHANCE_YOUR_CALM: {0}")]
+    Flood(&'static str),
     /// The peer answered something else than 200.
     #[error("http status: {0}")]
     Status(u16),

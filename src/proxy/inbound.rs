@@ -15,7 +15,7 @@ use super::session::{Accepted, Client, Connected, Error, Identified, Routed};
 use crate::hbone::{self, ConnectRequest, ConnectResponse, Incoming, Refusal, TunnelStream};
 use crate::lifecycle::drain::DrainWatcher;
 use crate::model::{Authority, Baggage, SpiffeId, canonical_socket};
-use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter};
+use crate::telemetry::{ConnectionFacts, PeerFacts, Reporter, limited};
 
 /// The two ends of a tunnel.
 #[derive(Clone)]
@@ -48,7 +48,10 @@ pub(super) async fn serve(pod: Arc<PodProxy>, socket: TcpStream, client: SocketA
         tokio::spawn(request(pod.clone(), ends.clone(), incoming, drain.clone()));
     }));
     if let Err(error) = served.await {
-        tracing::debug!(peer = %client, %identity, %error, "tunnel ended");
+        match error {
+            hbone::Error::Flood(_) => limited!(warn, "tunnel flooded", peer = %client, %identity, %error, "tunnel ended"),
+            error => tracing::debug!(peer = %client, %identity, %error, "tunnel ended"),
+        }
     }
 }
 

@@ -137,9 +137,11 @@ fn tunnel_flag(error: &hbone::Error) -> ResponseFlag {
     match error {
         hbone::Error::Tls(_) | hbone::Error::Peer(_) => ResponseFlag::TlsFailure,
         hbone::Error::Revoked => ResponseFlag::Revoked,
-        hbone::Error::Handshake(_) | hbone::Error::Tunnel(_) | hbone::Error::HandshakeDeadline(_) | hbone::Error::PingTimeout(_) => {
-            ResponseFlag::H2Failure
-        }
+        hbone::Error::Handshake(_)
+        | hbone::Error::Tunnel(_)
+        | hbone::Error::HandshakeDeadline(_)
+        | hbone::Error::PingTimeout(_)
+        | hbone::Error::Flood(_) => ResponseFlag::H2Failure,
         hbone::Error::ConnectTimeout(_) => ResponseFlag::NetworkPolicy,
         hbone::Error::Connect(_) | hbone::Error::Status(_) | hbone::Error::Draining => ResponseFlag::Connect,
         hbone::Error::Within { error, .. } => tunnel_flag(error),

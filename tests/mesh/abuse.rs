@@ -368,6 +368,21 @@ fn a_tunnel_whose_peer_answers_no_ping_ends() {
 }
 
 #[test]
+fn a_flood_ends_its_tunnel_and_a_line_names_the_guard() {
+    const PING: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    let field = Field::up(&[]);
+    field.while_visited(|| {
+        let mut tunnel = Tunnel::open(field.from("outside", HBONE), &field.good).unwrap();
+        // It may be over before all are sent.
+        let _ = tunnel.send(&PING.repeat(2000));
+        tunnel.drain();
+    });
+    let guard = "closed with ENHANCE_YOUR_CALM: too many control frames that nothing called for";
+    field.mesh.wait_for_log("right", &["\twarn\t", "tunnel ended", "sa/friend", guard]);
+    field.recovered();
+}
+
+#[test]
 fn two_thousand_idle_connections_cost_little_memory_and_no_cpu() {
     const COUNT: usize = 2000;
     let _alone = alone();

@@ -35,9 +35,9 @@ impl Scene {
     }
 
     /// The attacker's tunnel has ended because of what it did, and it was told why, unless it does not listen.
-    async fn over(&mut self, code: Option<u32>) {
+    async fn over(&mut self, code: Option<u32>, guard: &str) {
         let end = self.server.tunnel_end().await;
-        assert!(matches!(end, Err(Error::Tunnel(_))), "{end:?}");
+        assert!(matches!(end, Err(Error::Flood(name)) if name.contains(guard)), "{end:?} and not {guard}");
         if code.is_some() {
             assert_eq!(soon(self.attacker.goaway_code()).await, code);
         }
@@ -85,7 +85,7 @@ async fn a_rapid_reset_ends_within_five_hundred_requests() {
                 pairs.flat_map(|stream| [Frame::connect(stream, "10.0.0.2:80"), Frame::reset(stream, CANCEL)]).collect()
             })
             .await;
-        scene.over(None).await;
+        scene.over(None, "taken back").await;
         drop(scene);
         let seen = soon(seen).await.unwrap();
         assert!(seen <= 500, "{seen} requests in batches of {batch}");
@@ -103,7 +103,7 @@ async fn requests_taken_back_that_nobody_looks_at_are_bounded() {
         tokio::select! {
             incoming = scene.server.requests.recv() => unanswered.push(incoming.unwrap()),
             end = scene.server.ended.recv() => {
-                assert!(matches!(end, Some(Err(Error::Tunnel(why))) if why.contains("taken back")));
+                assert!(matches!(end, Some(Err(Error::Flood(guard))) if guard.contains("taken back")));
                 break;
             }
         }
@@ -125,7 +125,7 @@ async fn requests_taken_back_one_by_one_after_they_were_accepted_are_counted_too
         let incoming = tokio::select! {
             incoming = scene.server.requests.recv() => incoming,
             end = scene.server.ended.recv() => {
-                assert!(matches!(end, Some(Err(Error::Tunnel(why))) if why.contains("taken back")));
+                assert!(matches!(end, Some(Err(Error::Flood(guard))) if guard.contains("taken back")));
                 break;
             }
         };
@@ -162,7 +162,7 @@ async fn resets_that_the_peer_makes_us_send_are_counted() {
     scene.attacker.send(&Frame::connect(4001, "10.0.0.2:80")).await;
     scene.server.request().await;
     scene.until_closed(3000, |number| vec![Frame::data(number % 2000 * 2 + 1, *b"x")]).await;
-    scene.over(Some(ENHANCE_YOUR_CALM)).await;
+    scene.over(Some(ENHANCE_YOUR_CALM), "refused or reset").await;
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn streams_beyond_the_limit_are_refused_and_too_many_of_them_end_the_tunne
     scene.attacker.send(&Frame::connect(601, "10.0.0.2:80")).await;
     assert_eq!(soon(scene.attacker.expect(raw_h2::RST_STREAM, 601)).await.code(), raw_h2::REFUSED_STREAM);
     scene.until_closed(3000, |number| vec![Frame::connect(603 + number * 2, "10.0.0.2:80")]).await;
-    scene.over(Some(ENHANCE_YOUR_CALM)).await;
+    scene.over(Some(ENHANCE_YOUR_CALM), "refused or reset").await;
 }
 
 #[tokio::test]
@@ -228,7 +228,7 @@ async fn continuation_without_end_is_cut_after_five() {
     for _ in 0..6 {
         let _ = scene.attacker.try_send_all(&[Frame::new(CONTINUATION, 0, 1, hpack::literal("a", b"b"))]).await;
     }
-    scene.over(Some(ENHANCE_YOUR_CALM)).await;
+    scene.over(Some(ENHANCE_YOUR_CALM), "header list").await;
     assert!(scene.server.requests.try_recv().is_err());
 }
 
@@ -246,7 +246,7 @@ async fn a_header_block_of_megabytes_is_cut_before_it_is_buffered() {
             rest.extend(Frame::new(CONTINUATION, 0, 1, vec![b'x'; 30 << 10]).encode());
             scene.attacker.send_bytes(&rest).await.unwrap();
         }
-        scene.over(Some(ENHANCE_YOUR_CALM)).await;
+        scene.over(Some(ENHANCE_YOUR_CALM), "header list").await;
     }
 }
 
@@ -260,12 +260,12 @@ async fn an_hpack_bomb_ends_the_tunnel() {
         hpack::indexed(62).repeat(1000),
     ];
     scene.attacker.send(&Frame::headers(1, bomb.concat())).await;
-    scene.over(Some(ENHANCE_YOUR_CALM)).await;
+    scene.over(Some(ENHANCE_YOUR_CALM), "header list").await;
     // Two thousand tiny fields, two thousand cookies.
     for field in [hpack::literal("a", b""), hpack::literal("cookie", b"a=b"), hpack::literal("host", b"x")] {
         let mut scene = Scene::new().await;
         scene.attacker.send(&Frame::headers(1, [hpack::block(&[(":method", "CONNECT"), (":authority", "x:1")]), field.repeat(2000)].concat())).await;
-        scene.over(Some(ENHANCE_YOUR_CALM)).await;
+        scene.over(Some(ENHANCE_YOUR_CALM), "header list").await;
     }
 }
 
@@ -301,15 +301,29 @@ async fn a_table_that_changes_its_size_all_the_time_is_only_a_request() {
 
 #[tokio::test]
 async fn floods_of_control_frames_end_the_tunnel() {
-    let floods: [(&str, Frame); 5] = [
+    let floods: [(&str, Frame); 13] = [
         ("PING", Frame::ping([1; 8])),
         ("SETTINGS", Frame::settings(&[(raw_h2::INITIAL_WINDOW_SIZE, 1000)])),
         ("empty SETTINGS", Frame::settings(&[])),
         ("PRIORITY", Frame::new(PRIORITY, 0, 1, [0, 0, 0, 0, 1])),
         ("unknown", Frame::new(0x42, 0, 0, vec![0; 100])),
+        ("acknowledged SETTINGS", Frame::settings_ack()),
+        ("PINGs that nobody sent", Frame::new(PING, raw_h2::ACK, 0, [1; 8])),
+        ("GOAWAY", Frame::goaway(0, raw_h2::NO_ERROR)),
+        ("credit by the octet", Frame::window_update(0, 1)),
+        ("credit by the octet for a stream", Frame::window_update(1, 1)),
+        ("credit for a stream that is no more", Frame::window_update(3, 1000)),
+        ("resets of a stream that is no more", Frame::reset(3, CANCEL)),
+        ("ends of a stream that we reset", Frame::data(3, []).ends()),
     ];
     for (what, frame) in floods {
         let mut scene = Scene::new().await;
+        for stream in [1, 3] {
+            scene.attacker.send(&Frame::connect(stream, "10.0.0.2:80")).await;
+        }
+        let _open = scene.server.accept_one().await;
+        scene.server.request().await.refuse(culvert::hbone::Refusal::Denied);
+        while soon(scene.attacker.next()).await.unwrap().kind != raw_h2::RST_STREAM {}
         // The attacker reads what comes back, so that nothing but the count stops it.
         let (read, mut write) = tokio::io::split(scene.attacker.io);
         let mut reader = RawPeer::silent(tokio::io::join(read, tokio::io::sink()));
@@ -328,7 +342,8 @@ async fn floods_of_control_frames_end_the_tunnel() {
                 break;
             }
         }
-        assert!(matches!(scene.server.tunnel_end().await, Err(Error::Tunnel(why)) if why.contains("control frames")), "{what}");
+        let end = scene.server.tunnel_end().await;
+        assert!(matches!(end, Err(Error::Flood(guard)) if guard.contains("control frames")), "{what}: {end:?}");
         assert!(matches!(soon(told).await.unwrap(), Some(ENHANCE_YOUR_CALM) | None), "{what}");
         scene.near.send(b"x").await;
         scene.far.expect(b"x").await;
@@ -341,7 +356,7 @@ async fn a_flood_whose_sender_does_not_read_ends_without_output_piling_up() {
     let mut scene = Scene::new().await;
     socket2::SockRef::from(scene.attacker.io.get_ref().0).set_recv_buffer_size(4096).unwrap();
     scene.until_closed(1000, |_| vec![Frame::ping([1; 8]); 100]).await;
-    scene.over(None).await;
+    scene.over(None, "control frames").await;
 }
 
 #[tokio::test]
@@ -354,7 +369,7 @@ async fn a_hundred_empty_data_frames_are_enough() {
         scene.attacker.send(&Frame::data(1, *b"x")).await;
         application.expect(b"x").await;
         let _ = scene.attacker.try_send_all(&[frame]).await;
-        scene.over(Some(ENHANCE_YOUR_CALM)).await;
+        scene.over(Some(ENHANCE_YOUR_CALM), "empty DATA").await;
     }
 }
 
@@ -431,7 +446,7 @@ async fn a_hostile_server_fails_its_own_requests_only() {
         frames
     })
     .await;
-    assert!(matches!(&*error, Error::Tunnel(_) | Error::Status(503)), "1xx flood: {error}");
+    assert!(matches!(&*error, Error::Tunnel(_) | Error::Flood(_) | Error::Status(503)), "1xx flood: {error}");
     let error = hostile_server(|_| vec![Frame::settings(&[]); 5000]).await;
     assert!(matches!(&*error, Error::Tunnel(_)), "SETTINGS flood: {error}");
     let error =

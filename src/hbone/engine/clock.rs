@@ -48,6 +48,7 @@ impl Tunnel {
             }
             Watch::Settings | Watch::Interval => {
                 frame::put(&mut self.control, frame::PING, 0, 0, b"culvert!");
+                self.sweep();
                 self.watch = Watch::Answer;
                 self.endpoint.config.ping_timeout
             }
@@ -64,16 +65,18 @@ impl Tunnel {
         true
     }
 
-    /// The peer answered a PING.
-    pub(super) fn answered_ping(&mut self, payload: &[u8]) {
+    /// The peer answered a PING. Whether there was one to answer.
+    pub(super) fn answered_ping(&mut self, payload: &[u8]) -> bool {
         if payload == LAST_CALL && self.life == (Life::Draining { last: None }) {
             self.life = Life::Draining { last: Some(self.last_peer_id) };
             self.goaway(self.last_peer_id, Reason::NO_ERROR);
-            return;
+            return true;
         }
-        if self.watch == Watch::Answer {
+        let expected = self.watch == Watch::Answer;
+        if expected {
             self.watch = Watch::Interval;
             self.timer.as_mut().reset(Instant::now() + self.endpoint.config.ping_interval);
         }
+        expected
     }
 }

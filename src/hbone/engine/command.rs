@@ -72,6 +72,9 @@ pub(in crate::hbone) struct Attach {
     pub(in crate::hbone) slot: Option<StreamSlot>,
 }
 
+/// Requests that nobody waits for any more, and that are left until their answers, are no more than this part of what the peer serves.
+const FORSAKEN: usize = 4;
+
 impl Tunnel {
     /// Gives a stream its application.
     pub(super) fn attach(&mut self, attach: Attach) {
@@ -96,10 +99,17 @@ impl Tunnel {
 
     /// Gives up requests of ours that nobody waits for: at once, or, when there were too many of them, with their answers.
     pub(super) fn sweep(&mut self) {
+        self.waiting.retain(|(_, _, answer)| !answer.is_closed());
+        let (mut kept, most) = (0, self.peer.max_streams as usize / FORSAKEN);
         for slot in self.streams.slots() {
             let forsaken = self.streams.at(slot).is_some_and(|stream| matches!(&stream.phase, Phase::Asking(answer) if answer.is_closed()));
-            if forsaken {
+            if !forsaken {
+                continue;
+            }
+            if kept == most || self.temper.may_take_back() {
                 self.abandon(slot, Ended::Finished, Some(Reason::CANCEL));
+            } else {
+                kept += 1;
             }
         }
     }

@@ -79,7 +79,7 @@ impl Tunnel {
         self.flush_spans(buffer);
         check_shape(head)?;
         if matches!(head.kind, frame::HEADERS | frame::CONTINUATION) && head.length > 2 * self.header_list() as usize {
-            return Err(Reason::ENHANCE_YOUR_CALM);
+            return Err(self.temper.headers());
         }
         self.gathered.clear();
         self.frame = Some(Frame { head, padding: None });
@@ -95,6 +95,8 @@ impl Tunnel {
             Some(slot) if self.streams.at(slot).is_some_and(|stream| stream.received_end) => return Err(Reason::STREAM_CLOSED),
             Some(_) => {}
             None if self.is_idle(head.stream) => return Err(Reason::PROTOCOL_ERROR),
+            // Of what was on its way, one end at most is empty.
+            None if self.streams.was_reset(head.stream) && head.length == 0 => self.temper.idle_frame()?,
             None if self.streams.was_reset(head.stream) => {}
             None => self.temper.local_reset()?,
         }
@@ -191,9 +193,11 @@ impl Tunnel {
 
     fn settings(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
         if head.has(frame::ACK) {
+            if !self.peer.known {
+                return Err(Reason::PROTOCOL_ERROR);
+            }
             // In our only SETTINGS is how many streams we serve at once.
-            self.limit_known |= self.peer.known;
-            return if self.peer.known { Ok(()) } else { Err(Reason::PROTOCOL_ERROR) };
+            return if std::mem::replace(&mut self.limit_known, true) { self.temper.idle_frame() } else { Ok(()) };
         }
         if self.peer.known {
             self.temper.idle_frame()?;
@@ -244,8 +248,7 @@ impl Tunnel {
 
     fn ping(&mut self, head: Head, payload: &[u8]) -> Result<(), Reason> {
         if head.has(frame::ACK) {
-            self.answered_ping(payload);
-            return Ok(());
+            return if self.answered_ping(payload) { Ok(()) } else { self.temper.idle_frame() };
         }
         self.temper.idle_frame()?;
         frame::put(&mut self.control, frame::PING, frame::ACK, 0, payload);
@@ -258,6 +261,9 @@ impl Tunnel {
             if increment == 0 {
                 return Err(Reason::PROTOCOL_ERROR);
             }
+            if is_spoonful(increment, self.credit.left()) {
+                self.temper.idle_frame()?;
+            }
             self.release_held();
             let fits = self.credit.give(increment);
             self.note_shortage();
@@ -266,10 +272,10 @@ impl Tunnel {
         if self.is_idle(head.stream) {
             return Err(Reason::PROTOCOL_ERROR);
         }
-        let Some(slot) = self.streams.slot_of(head.stream) else { return Ok(()) };
+        // A reader may take the last of a stream after its end.
+        let Some(slot) = self.streams.slot_of(head.stream) else { return self.temper.idle_frame() };
         let Some(stream) = self.streams.at(slot) else { return Ok(()) };
-        if increment < 1024 && stream.send_window > i64::from(frame::DEFAULT_WINDOW) {
-            // Credit by the spoonful on a stream that has plenty.
+        if is_spoonful(increment, stream.send_window) {
             self.temper.idle_frame()?;
         }
         stream.send_window += i64::from(increment);
@@ -331,7 +337,10 @@ impl Tunnel {
     fn goaway_from_peer(&mut self, payload: &[u8]) -> Result<(), Reason> {
         let last = payload.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes) & 0x7fff_ffff);
         let reason = payload.get(4..).and_then(|rest| rest.first_chunk::<4>()).map_or(Reason::NO_ERROR, |bytes| Reason(u32::from_be_bytes(*bytes)));
-        self.goaway_received = true;
+        if std::mem::replace(&mut self.goaway_received, true) {
+            // Two are usual (RFC 9113 §6.8).
+            self.temper.idle_frame()?;
+        }
         for slot in self.streams.slots() {
             let untouched = self.streams.at(slot).is_some_and(|stream| matches!(self.side, Side::Client) && stream.id > last);
             if !untouched {
@@ -382,6 +391,11 @@ impl Tunnel {
             self.append_sealed(&record);
         }
     }
+}
+
+/// Credit of a few octets where there is plenty.
+fn is_spoonful(increment: u32, window: i64) -> bool {
+    increment < 1024 && window > i64::from(frame::DEFAULT_WINDOW)
 }
 
 /// What a frame's head alone can show to be wrong.

@@ -56,7 +56,7 @@ impl Tunnel {
     fn take_block(&mut self, block: HeaderBlock, whole: bool) -> Result<(), Reason> {
         // Twice the list, since encoding may make it longer; a peer that needs more is not one of ours.
         if block.fragments > MAX_FRAGMENTS || block.bytes.len() > 2 * self.header_list() as usize {
-            return Err(Reason::ENHANCE_YOUR_CALM);
+            return Err(self.temper.headers());
         }
         if !whole {
             self.block = Some(block);
@@ -66,7 +66,7 @@ impl Tunnel {
         let fits = self
             .decoder
             .decode(&block.bytes, self.header_list() as usize, |name, value| fields.add(name, value))
-            .map_err(|error| if error == hpack::HpackError::Bomb { Reason::ENHANCE_YOUR_CALM } else { Reason::COMPRESSION_ERROR })?;
+            .map_err(|error| if error == hpack::HpackError::Bomb { self.temper.headers() } else { Reason::COMPRESSION_ERROR })?;
         match self.side {
             Side::Client => self.response(&block, &fields, fits),
             Side::Server => self.request(&block, fields, fits),
@@ -84,7 +84,7 @@ impl Tunnel {
         self.last_peer_id = block.stream;
         if matches!(self.life, Life::Draining { last: Some(_) } | Life::Closing(_)) {
             // After the goodbye: the peer knows that nothing was done (RFC 9113 §6.8).
-            return Ok(());
+            return self.temper.local_reset();
         }
         let refusal = if self.streams.len() >= self.most_streams(block.stream) || self.is_freezing() {
             Some(Reason::REFUSED_STREAM)
@@ -140,6 +140,7 @@ impl Tunnel {
         }
         let accepted = status == Some(200) && fits;
         let Phase::Asking(answer) = std::mem::replace(&mut stream.phase, Phase::Open) else { return Ok(()) };
+        self.temper.answered();
         stream.received_end = block.end_stream;
         if accepted {
             let id = stream.id;

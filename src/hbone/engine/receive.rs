@@ -112,8 +112,7 @@ impl Tunnel {
                 self.close(Reason::NO_ERROR, Some(Error::Tunnel(error.to_string())));
             }
             Broken::Protocol(Reason::ENHANCE_YOUR_CALM) => {
-                let why = "closed with ENHANCE_YOUR_CALM: too many control frames, headers, errors, or requests taken back";
-                self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Tunnel(why.into())));
+                self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Flood(self.temper.flood())));
             }
             Broken::Protocol(reason) => self.close(reason, Some(Error::Tunnel(format!("the peer broke the protocol: {reason}")))),
             Broken::Alert(description) => {

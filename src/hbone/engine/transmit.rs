@@ -281,7 +281,7 @@ impl Tunnel {
             self.output.range.end += record.len();
         } else {
             // No room for it: the peer would miss a record number. Only a peer that reads nothing and asks for ever more gets here.
-            self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Tunnel("the peer does not read its answers".into())));
+            self.close(Reason::ENHANCE_YOUR_CALM, Some(Error::Flood("more is asked than answers are read")));
         }
         self.output.slab = Some(slab);
     }
