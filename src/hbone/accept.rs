@@ -9,8 +9,7 @@ use tokio::net::TcpStream;
 use tokio::time::sleep_until;
 
 use super::engine::{self, Asked, Command, Next, Side, Thawed, Tunnel};
-use super::lifetime::Lifetime;
-use super::moving::{MovedStream, Mover};
+use super::moving::{MovedStream, Mover, Origin};
 use super::stream::TunnelStream;
 use super::{BadRequest, ConnectRequest, ConnectResponse, Endpoint, Error, Frozen, Refusal, hpack};
 use crate::identity::{Credential, Revoked, peer_identity};
@@ -20,9 +19,8 @@ use crate::telemetry::Reporter;
 
 /// A tunnel that a verified peer opened to us.
 pub struct ServerTunnel {
-    peer: SpiffeId,
+    origin: Origin,
     address: SocketAddr,
-    lifetime: Lifetime,
     revoked: Revoked,
     tunnel: Box<Tunnel>,
     /// Requests that came together with the peer's first SETTINGS.
@@ -38,11 +36,11 @@ pub async fn accept(socket: TcpStream, address: SocketAddr, credential: &Credent
     let handshake = async {
         let established = engine::welcome(socket, credential).await?;
         let peer = peer_identity(&established.chain)?;
-        let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
+        let origin = Origin::new(peer, &established, credential, endpoint);
         let revoked = credential.watch_peer(&established.chain, Reporter::Destination);
         let mut tunnel = Tunnel::new(established, Side::Server, endpoint.clone())?;
         let first = first_settings(&mut tunnel).await?;
-        Ok(ServerTunnel { peer, address, lifetime, revoked, tunnel, first })
+        Ok(ServerTunnel { origin, address, revoked, tunnel, first })
     };
     let deadline = endpoint.config.handshake_deadline;
     match tokio::time::timeout(deadline, Box::pin(handshake)).await {
@@ -73,7 +71,7 @@ impl ServerTunnel {
     /// Who opened the tunnel.
     #[must_use]
     pub fn peer(&self) -> &SpiffeId {
-        &self.peer
+        &self.origin.peer
     }
 
     /// The peer's address.
@@ -85,20 +83,21 @@ impl ServerTunnel {
     /// Who can freeze this tunnel while it is served. [`ServerTunnel::serve`] then returns as if the peer had left.
     #[must_use]
     pub fn mover(&self) -> Mover {
-        Mover::new(self.tunnel.inbox().clone(), self.peer.clone(), self.lifetime)
+        Mover::new(self.tunnel.inbox().clone(), self.origin.clone())
     }
 
-    /// Takes a frozen tunnel up, with its streams. Nothing moves before [`ServerTunnel::serve`]. Must be called within a runtime.
+    /// Takes a frozen tunnel up, with its streams. Nothing moves before [`ServerTunnel::serve`]. Its peer is watched for by the revocation lists of
+    /// `credential`, that of the identity that the peer dialled. Must be called within a runtime.
     ///
     /// # Errors
     /// When it is not of the serving side, or its sockets cannot be registered. Its connections are reset.
-    pub fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(Self, Vec<MovedStream>), Error> {
-        let Thawed { peer, address, lifetime, tunnel, streams, .. } = frozen.thaw(Side::Server, endpoint)?;
-        endpoint.revocations.iter().for_each(|lists| lists.untracked(Reporter::Destination));
+    pub fn take_up(frozen: Frozen, credential: &Credential, endpoint: &Arc<Endpoint>) -> Result<(Self, Vec<MovedStream>), Error> {
+        let Thawed { origin, address, tunnel, streams, .. } = frozen.thaw(Side::Server, endpoint)?;
+        let revoked = watch_moved(&origin, (credential, Reporter::Destination), endpoint);
         let streams =
             streams.into_iter().map(|(id, role, socket)| MovedStream::new(TunnelStream::new(id, tunnel.inbox().clone(), None), role, socket));
         let streams = streams.collect();
-        Ok((Self { peer, address, lifetime, revoked: None, tunnel, first: Vec::new() }, streams))
+        Ok((Self { origin, address, revoked, tunnel, first: Vec::new() }, streams))
     }
 
     /// Serves until the peer leaves, stops answering PINGs, misbehaves, or a drain or the end of a certificate ends it. A graceful drain sends
@@ -107,7 +106,7 @@ impl ServerTunnel {
     /// # Errors
     /// Why the tunnel ended, unless the peer or a drain ended it in good order.
     pub async fn serve(self, mut drain: DrainWatcher, mut on_request: impl FnMut(Incoming)) -> Result<(), Error> {
-        let Self { mut tunnel, lifetime, revoked, first, .. } = self;
+        let Self { mut tunnel, origin: Origin { lifetime, .. }, revoked, first, .. } = self;
         let inbox = tunnel.inbox().clone();
         for asked in first {
             on_request(Incoming::new(asked));
@@ -142,6 +141,15 @@ impl ServerTunnel {
             outcome = over => outcome,
         }
     }
+}
+
+/// Watches over the peer of a tunnel that was taken up, as over one that has just been made.
+pub(super) fn watch_moved(origin: &Origin, (credential, reporter): (&Credential, Reporter), endpoint: &Endpoint) -> Revoked {
+    if origin.chain.is_empty() {
+        endpoint.revocations.iter().for_each(|lists| lists.untracked(reporter));
+        return None;
+    }
+    credential.watch_peer(&origin.chain, reporter)
 }
 
 /// Has the tunnel closed when a certificate of its peer is revoked; the tunnel's own end is then its outcome. Never resolves.

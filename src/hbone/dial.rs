@@ -12,10 +12,10 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
-use super::accept::cut_when_revoked;
+use super::accept::{cut_when_revoked, watch_moved};
 use super::engine::{self, Answered, Command, Inbox, Next, STARVED, Side, Thawed, Tunnel};
 use super::lifetime::Lifetime;
-use super::moving::{MovedStream, Mover};
+use super::moving::{Immovable, MovedStream, Mover, Origin};
 use super::stream::{Relaying, TunnelStream};
 use super::{ConnectRequest, ConnectResponse, Endpoint, Error, Frozen};
 use crate::forward::Ended;
@@ -28,11 +28,10 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A tunnel that we opened. Dropping the last handle and the last stream closes it.
 pub struct ClientTunnel {
-    peer: SpiffeId,
+    origin: Origin,
     inbox: Arc<Inbox<Command>>,
     state: Arc<State>,
     max_streams: usize,
-    lifetime: Lifetime,
 }
 
 /// Shared with the task that drives the connection and with the streams.
@@ -86,17 +85,20 @@ pub(super) async fn handshake(way: Way, credential: &Credential, expected: &[Spi
         Err(_) => return Err(Error::HandshakeDeadline(deadline)),
     };
     let peer = expect_peer(&established.chain, expected)?;
-    let lifetime = Lifetime::new(credential, &established.chain, &endpoint.clock);
+    let mut origin = Origin::new(peer, &established, credential, endpoint);
+    if outer.is_some() {
+        origin.immovable = Some(Immovable::Within);
+    }
     let revoked = credential.watch_peer(&established.chain, Reporter::Source);
     let tunnel = Tunnel::new(established, Side::Client, endpoint.clone())?;
-    Ok(ClientTunnel::start(tunnel, peer, (lifetime, revoked), (address, outer), endpoint))
+    Ok(ClientTunnel::start(tunnel, (origin, revoked), (address, outer), endpoint))
 }
 
 /// Takes a frozen tunnel up, with its streams; they have their places among the tunnel's again.
-pub(super) fn take_up(frozen: Frozen, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
-    let Thawed { peer, address, lifetime, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
-    endpoint.revocations.iter().for_each(|lists| lists.untracked(Reporter::Source));
-    let tunnel = ClientTunnel::start(tunnel, peer, (lifetime, None), (address, None), endpoint);
+pub(super) fn take_up(frozen: Frozen, credential: &Credential, endpoint: &Arc<Endpoint>) -> Result<(ClientTunnel, Vec<MovedStream>), Error> {
+    let Thawed { origin, address, tunnel, streams, leaving } = frozen.thaw(Side::Client, endpoint)?;
+    let revoked = watch_moved(&origin, (credential, Reporter::Source), endpoint);
+    let tunnel = ClientTunnel::start(tunnel, (origin, revoked), (address, None), endpoint);
     tunnel.state.closed.store(leaving, Ordering::Release);
     let (state, inbox) = (&tunnel.state, &tunnel.inbox);
     let streams = streams.into_iter().map(|(id, role, socket)| {
@@ -165,8 +167,7 @@ impl ClientTunnel {
     /// Begins to drive a tunnel.
     fn start(
         tunnel: Box<Tunnel>,
-        peer: SpiffeId,
-        (lifetime, revoked): (Lifetime, Revoked),
+        (origin, revoked): (Origin, Revoked),
         (address, outer): (SocketAddr, Option<Relaying>),
         endpoint: &Endpoint,
     ) -> Self {
@@ -177,7 +178,7 @@ impl ClientTunnel {
             loss: OnceLock::new(),
         });
         let inbox = tunnel.inbox().clone();
-        let driven = drive(tunnel, (lifetime, revoked), state.clone(), address);
+        let driven = drive(tunnel, (origin.lifetime, revoked), state.clone(), address);
         let below = inbox.clone();
         tokio::spawn(async move {
             match outer {
@@ -185,19 +186,19 @@ impl ClientTunnel {
                 None => driven.await,
             }
         });
-        Self { peer, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams), lifetime }
+        Self { origin, inbox, state, max_streams: usize::from(endpoint.config.pool_max_streams) }
     }
 
     /// Who can freeze this tunnel.
     #[must_use]
     pub fn mover(&self) -> Mover {
-        Mover::new(self.inbox.clone(), self.peer.clone(), self.lifetime)
+        Mover::new(self.inbox.clone(), self.origin.clone())
     }
 
     /// The verified peer.
     #[must_use]
     pub fn peer(&self) -> &SpiffeId {
-        &self.peer
+        &self.origin.peer
     }
 
     /// Whether no more streams can be opened.

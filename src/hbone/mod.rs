@@ -31,7 +31,7 @@ pub use accept::{Incoming, ServerTunnel, accept};
 pub use budget::ReceiveBudget;
 pub use dial::ClientTunnel;
 pub use engine::{Frozen, StateError};
-pub use moving::{MovedStream, Mover};
+pub use moving::{Immovable, MovedStream, Mover};
 pub use pool::{Dialer, Pool, PoolKey};
 pub use request::{BadRequest, ConnectRequest, ConnectResponse, Refusal};
 pub use stream::{Relaying, Role, TunnelStream};
@@ -94,7 +94,8 @@ pub struct Endpoint {
     pub budget: ReceiveBudget,
     /// Tells when certificates expire.
     pub clock: Clock,
-    /// Revocation lists, to count tunnels that were taken up without the certificates of their peers, so that no list can cut them. Default none.
+    /// Revocation lists, to count tunnels that were taken up without the certificates of their peers (which were too large to be kept), so that no list can
+    /// cut them. Default none.
     pub revocations: Option<Revocations>,
     /// Records that we seal with one key before we update it. Default and most: [`KEY_LIMIT`] (RFC 8446 §5.5).
     pub records_per_key: u64,
@@ -164,6 +165,9 @@ pub enum Error {
         /// What happened behind it.
         error: Box<Self>,
     },
+    /// The tunnel cannot be moved to another process. It goes on.
+    #[error("the tunnel cannot be moved: {0}")]
+    Immovable(Immovable),
     /// A PING was not answered.
     #[error("no answer to PING within {0:?}")]
     PingTimeout(Duration),

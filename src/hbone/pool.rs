@@ -208,12 +208,12 @@ impl Pool {
     }
 
     /// Takes a frozen tunnel up and pools it, unless it takes no new streams any more. It goes on at once; its streams as soon as each is given
-    /// its task. Must be called within a runtime.
+    /// its task. Its peer is watched for by the revocation lists of `credential`, that of `key`. Must be called within a runtime.
     ///
     /// # Errors
     /// When it is not of the dialling side, its peer is not one that `key` expects, or its sockets cannot be registered; [`Error::Draining`]
     /// after [`Pool::abort`]. Its connections are reset.
-    pub fn take_up(&self, key: PoolKey, frozen: Frozen) -> Result<Vec<MovedStream>, Error> {
+    pub fn take_up(&self, key: PoolKey, credential: &Credential, frozen: Frozen) -> Result<Vec<MovedStream>, Error> {
         if !key.expected.contains(frozen.peer()) {
             return Err(Error::Tunnel(format!("the tunnel's peer {} is not expected", frozen.peer())));
         }
@@ -221,7 +221,7 @@ impl Pool {
         if tunnels.aborted {
             return Err(Error::Draining);
         }
-        let (tunnel, streams) = take_up(frozen, &self.shared.endpoint)?;
+        let (tunnel, streams) = take_up(frozen, credential, &self.shared.endpoint)?;
         if !tunnel.is_closed() {
             tunnels.by_key.entry(key).or_default().tunnels.push(Arc::new(tunnel));
         }

@@ -141,7 +141,8 @@ fn tunnel_flag(error: &hbone::Error) -> ResponseFlag {
         | hbone::Error::Tunnel(_)
         | hbone::Error::HandshakeDeadline(_)
         | hbone::Error::PingTimeout(_)
-        | hbone::Error::Flood(_) => ResponseFlag::H2Failure,
+        | hbone::Error::Flood(_)
+        | hbone::Error::Immovable(_) => ResponseFlag::H2Failure,
         hbone::Error::ConnectTimeout(_) => ResponseFlag::NetworkPolicy,
         hbone::Error::Connect(_) | hbone::Error::Status(_) | hbone::Error::Draining => ResponseFlag::Connect,
         hbone::Error::Within { error, .. } => tunnel_flag(error),

@@ -105,7 +105,7 @@ impl Server {
     }
 
     pub fn take_up(&mut self, frozen: Frozen) {
-        let (tunnel, streams) = ServerTunnel::take_up(frozen, &self.endpoint).unwrap();
+        let (tunnel, streams) = ServerTunnel::take_up(frozen, &self.realm_credential, &self.endpoint).unwrap();
         self.serve(tunnel);
         self.relays.adopt(streams);
     }
@@ -166,7 +166,7 @@ impl Client {
 
     pub fn take_up(&mut self, frozen: Frozen) {
         self.pool = Arc::new(Pool::new(Arc::new(quiet(self.config.clone())), self.dialer.clone()));
-        self.relays.adopt(self.pool.take_up(self.key.clone(), frozen).unwrap());
+        self.relays.adopt(self.pool.take_up(self.key.clone(), &self.inner.credential, frozen).unwrap());
     }
 
     pub async fn move_it(&mut self) -> usize {

@@ -73,8 +73,8 @@ async fn a_state_that_is_dropped_or_refused_resets_its_connections() {
 
 #[tokio::test]
 async fn a_stream_that_nobody_takes_up_is_reset() {
-    let (_realm, _client, mut near, mut far, frozen) = frozen().await;
-    let (tunnel, streams) = ServerTunnel::take_up(frozen, &Arc::new(Endpoint::new(Config::default()))).unwrap();
+    let (realm, _client, mut near, mut far, frozen) = frozen().await;
+    let (tunnel, streams) = ServerTunnel::take_up(frozen, &*realm.credential("server").await, &Arc::new(Endpoint::new(Config::default()))).unwrap();
     let (_trigger, watcher) = culvert::lifecycle::drain::channel();
     let served = tokio::spawn(tunnel.serve(watcher, |_| {}));
     drop(streams);
@@ -89,7 +89,7 @@ async fn a_tunnel_goes_on_only_on_its_own_side_and_with_the_peer_that_is_expecte
     let pool = Pool::new(Arc::new(Endpoint::new(Config::default())), Arc::new(CountingDialer::default()));
     let mut key = client.key.clone();
     key.expected = vec![serving.peer().clone()];
-    assert!(pool.take_up(key.clone(), serving).is_err(), "a server's tunnel in a pool");
+    assert!(pool.take_up(key.clone(), &client.inner.credential, serving).is_err(), "a server's tunnel in a pool");
     assert!(soon(far.read_to_end()).await.is_err());
     let _ = near.read_to_end().await;
 
@@ -98,7 +98,7 @@ async fn a_tunnel_goes_on_only_on_its_own_side_and_with_the_peer_that_is_expecte
     let client = Client::to(server.address, &realm, Config::default()).await;
     let (_near, _far) = tokio::join!(client.open(), server.accept_with_stream());
     let frozen = client.freeze().await;
-    assert!(pool.take_up(key, frozen).is_err(), "a peer that the key does not expect");
+    assert!(pool.take_up(key, &client.inner.credential, frozen).is_err(), "a peer that the key does not expect");
 }
 
 #[tokio::test]

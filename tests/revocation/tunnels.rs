@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use culvert::forward::Ended;
-use culvert::hbone::{Config, ConnectResponse, Endpoint, Error, Inner, Role, ServerTunnel, accept};
+use culvert::hbone::{Config, ConnectResponse, Endpoint, Error, Frozen, Inner, Role, ServerTunnel, accept};
 use culvert::telemetry::Meter;
 use rustls::pki_types::CertificateDer;
 
@@ -165,23 +165,97 @@ async fn a_tunnel_within_a_tunnel_is_cut_when_the_gateway_is_revoked() {
     assert_eq!(beyond.ours.counted("source"), 1, "the outer one alone");
 }
 
-#[tokio::test]
-async fn a_tunnel_that_was_taken_up_is_counted_as_out_of_reach_of_lists() {
-    let root = Authority::root("root");
-    let ours = Ours::new(&root, &root, b"");
-    let with_lists = Arc::new(Endpoint { revocations: ours.store.revocations(), ..Endpoint::new(Config::default()) });
+/// One tunnel, served by hand so that it can be frozen.
+async fn served(
+    ours: &Ours,
+    client: Arc<rustls::ClientConfig>,
+) -> (RawPeer<tokio_rustls::client::TlsStream<tokio::net::TcpStream>>, Frozen, Application) {
     let (listener, address) = listen().await;
-    let (server, client) = (ours.credential("server").await, ours.credential("client").await);
-    let peer = tokio::spawn(async move { RawPeer::client(tls_to(address, &client).await, &[]).await });
+    let name = "127.0.0.1".try_into().unwrap();
+    let shake =
+        async move { tokio_rustls::TlsConnector::from(client).connect(name, tokio::net::TcpStream::connect(address).await.unwrap()).await.unwrap() };
+    let peer = tokio::spawn(async move {
+        let mut peer = RawPeer::client(shake.await, &[]).await;
+        peer.send(&Frame::connect(1, "10.0.0.2:80")).await;
+        assert_eq!(soon(peer.expect_status(1)).await.0, "200");
+        peer
+    });
     let (socket, from) = listener.accept().await.unwrap();
-    let tunnel = accept(socket, from, &server, &with_lists).await.unwrap();
+    let tunnel = accept(socket, from, &*ours.credential("server").await, &endpoint()).await.unwrap();
     let mover = tunnel.mover();
     let (_trigger, watcher) = culvert::lifecycle::drain::channel();
-    let served = tokio::spawn(tunnel.serve(watcher, drop));
-    let _peer = soon(peer).await.unwrap();
+    let (give, mut requests) = tokio::sync::mpsc::unbounded_channel();
+    let serving = tokio::spawn(tunnel.serve(watcher, move |incoming| drop(give.send(incoming))));
+    let stream = soon(requests.recv()).await.unwrap().accept(&ConnectResponse::default()).unwrap();
+    let application = Application::behind(stream, Role::Server).await;
+    let peer = soon(peer).await.unwrap();
     let frozen = soon(mover.freeze(PATIENCE)).await.unwrap();
-    served.await.unwrap().unwrap();
-    ServerTunnel::take_up(frozen, &with_lists).unwrap();
+    serving.await.unwrap().unwrap();
+    let (bytes, sockets) = frozen.into_parts();
+    (peer, Frozen::from_parts(&bytes, sockets).unwrap(), application)
+}
+
+#[tokio::test]
+async fn an_inbound_tunnel_that_was_moved_is_cut_by_a_list_that_comes_later() {
+    let root = Authority::root("root");
+    // The predecessor has no list, nor have the clients.
+    let (clients, before, ours) = (Ours::new(&root, &root, b""), Ours::new(&root, &root, b""), Ours::new(&root, &root, b""));
+    for (account, revoked) in [("good", false), ("bad", true)] {
+        let (mut peer, frozen, mut application) = served(&before, clients.credential(account).await.client_config()).await;
+        let with_lists = Arc::new(Endpoint { revocations: ours.store.revocations(), ..Endpoint::new(Config::default()) });
+        let (tunnel, mut streams) = ServerTunnel::take_up(frozen, &*ours.credential("server").await, &with_lists).unwrap();
+        let (_trigger, watcher) = culvert::lifecycle::drain::channel();
+        let serving = tokio::spawn(tunnel.serve(watcher, drop));
+        let relay = tokio::spawn(streams.remove(0).relay(&Arc::new(Meter::default())));
+        std::fs::write(&ours.file, list(&root.signer, &[leaf(&*clients.credential("bad").await)])).unwrap();
+        if revoked {
+            assert_eq!(soon(peer.goaway_code()).await, Some(NO_ERROR));
+            assert!(matches!(soon(serving).await.unwrap(), Err(Error::Revoked)));
+            assert!(matches!(soon(relay).await.unwrap(), Ended::Failed(_)));
+            assert!(application.read_to_end().await.is_err());
+        } else {
+            eventually("the list is in force", || ours.metrics().contains("culvert_crl_loads_total{outcome=\"loaded\"} 2")).await;
+            peer.send(&Frame::data(1, *b"still here")).await;
+            application.expect(b"still here").await;
+            std::fs::write(&ours.file, "").unwrap();
+            eventually("the list is lifted", || ours.metrics().contains("culvert_crl_loads_total{outcome=\"loaded\"} 3")).await;
+            serving.abort();
+        }
+    }
+    assert_eq!((ours.counted("destination"), before.counted("destination")), (1, 0));
+    assert!(ours.metrics().contains("istio_crl_untracked_connections_total{reporter=\"destination\"} 0"), "{}", ours.metrics());
+}
+
+#[tokio::test]
+async fn an_outbound_tunnel_that_was_moved_is_cut_by_a_list_that_comes_later() {
+    let root = Authority::root("root");
+    let (servers, before, ours) = (Ours::new(&root, &root, b""), Ours::new(&root, &root, b""), Ours::new(&root, &root, b""));
+    let server = OurServer::start(servers.credential("server").await, endpoint()).await.echo();
+    let client = OurClient::with(server.address, &Realm::of(before.store.clone()), Endpoint::new(Config::default()), CountingDialer::default()).await;
+    let mut application = client.open().await.unwrap();
+    application.echoes(b"before").await;
+    let frozen = soon(client.pool.movers().remove(0).1.freeze(PATIENCE)).await.unwrap();
+    let pool = culvert::hbone::Pool::new(endpoint(), Arc::new(CountingDialer::default()));
+    let mut streams = pool.take_up(client.key.clone(), &*ours.credential("client").await, frozen).unwrap();
+    let relay = tokio::spawn(streams.remove(0).relay(&Arc::new(Meter::default())));
+    application.echoes(b"after").await;
+    assert_eq!(pool.len(), 1);
+    std::fs::write(&ours.file, list(&root.signer, &[leaf(&*servers.credential("server").await)])).unwrap();
+    assert!(matches!(soon(relay).await.unwrap(), Ended::Failed(_)));
+    assert!(application.read_to_end().await.is_err());
+    eventually("it is not pooled any more", || pool.is_empty()).await;
+    assert_eq!((ours.counted("source"), before.counted("source")), (1, 0));
+}
+
+#[tokio::test]
+async fn a_moved_tunnel_whose_peer_has_more_certificates_than_are_kept_is_counted_as_out_of_reach_of_lists() {
+    let root = Authority::root("root");
+    let ours = Ours::new(&root, &root, b"");
+    let mut params = pki::workload(&["spiffe://cluster.local/ns/default/sa/client"]);
+    params.custom_extensions.push(rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 99_999, 1], vec![0; 17_000]));
+    let (_peer, frozen, _application) = served(&ours, Arc::new(root.leaf(params).client())).await;
+    let with_lists = Arc::new(Endpoint { revocations: ours.store.revocations(), ..Endpoint::new(Config::default()) });
+    ServerTunnel::take_up(frozen, &*ours.credential("server").await, &with_lists).unwrap();
     assert!(ours.metrics().contains("istio_crl_untracked_connections_total{reporter=\"destination\"} 1"), "{}", ours.metrics());
 }
 

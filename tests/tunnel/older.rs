@@ -18,7 +18,8 @@ use tokio_rustls::client::TlsStream;
 use crate::pki::{Authority, Presented, workload};
 use crate::raw_h2::{Frame, GOAWAY, PREFACE, RawPeer};
 use crate::tunnel_peers::{
-    Answer, CountingDialer, OurClient, OurServer, Realm, StockClient, StockServer, StockStream, connect, eventually, quiet, soon, stock_send,
+    Answer, CountingDialer, OurClient, OurServer, PATIENCE, Realm, StockClient, StockServer, StockStream, connect, eventually, listen, quiet, soon,
+    stock_send,
 };
 
 static OLD: &[&SupportedProtocolVersion] = &[&rustls::version::TLS12];
@@ -244,4 +245,51 @@ async fn a_broken_connection_is_a_broken_tunnel_and_a_drain_tells_the_peer() {
     assert!(goodbyes > 0);
     assert_eq!(peer.io.read(&mut [0]).await.unwrap(), 0, "the end is a close_notify, or this would be an error");
     assert!(server.tunnel_end().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_tunnel_of_tls12_is_not_frozen_and_goes_on() {
+    use culvert::hbone::{ConnectResponse, Immovable, accept};
+    let immovable = |error: &Error| matches!(error, Error::Immovable(Immovable::Older)) && error.to_string().contains("TLS 1.2");
+    let ground = Ground::new();
+    let server = StockServer::speaking(ground.server(), Answer::Echo, |_| {}).await;
+    let client = OurClient::to(server.address, &ground.realm, Config::default()).await;
+    let mut open = client.open().await.unwrap();
+    let refused = soon(client.pool.movers().remove(0).1.freeze(PATIENCE)).await.unwrap_err();
+    assert!(immovable(&refused), "{refused}");
+    open.echoes(b"still there").await;
+    client.open().await.unwrap().echoes(b"and takes new ones").await;
+    assert_eq!(client.dials(), 1);
+
+    let (listener, address) = listen().await;
+    let shaking = shake(address, ground.client(OLD));
+    let accepting = async {
+        let (socket, from) = listener.accept().await.unwrap();
+        let tunnel = accept(socket, from, &*ground.realm.credential("server").await, &Arc::new(quiet(Config::default()))).await.unwrap();
+        let (_trigger, watcher) = culvert::lifecycle::drain::channel();
+        let mover = tunnel.mover();
+        tunnel
+            .serve(watcher, move |incoming| {
+                let mover = mover.clone();
+                tokio::spawn(async move {
+                    let refused = mover.freeze(PATIENCE).await.unwrap_err();
+                    assert!(immovable(&refused), "{refused}");
+                    incoming.accept(&ConnectResponse::default()).unwrap();
+                });
+            })
+            .await
+    };
+    let asking = async {
+        let mut peer = RawPeer::client(shaking.await.unwrap(), &[]).await;
+        for stream in [1, 3] {
+            peer.send(&Frame::connect(stream, "10.0.0.2:80")).await;
+            assert_eq!(soon(peer.expect_status(stream)).await.0, "200");
+            // Its stream was dropped.
+            soon(peer.expect(crate::raw_h2::RST_STREAM, stream)).await;
+        }
+    };
+    tokio::select! {
+        served = accepting => panic!("{served:?}"),
+        () = asking => {}
+    }
 }

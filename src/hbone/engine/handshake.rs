@@ -78,7 +78,7 @@ async fn establish<C: Handshaking>(socket: TcpStream, connection: Result<C, rust
     }
     let (receive, send) = C::ours(&secrets);
     let (opener, sealer) = directions(&extracted, receive, send)?;
-    Ok(Established { socket, opener, sealer, chain, input })
+    Ok(Established { socket, opener, sealer, chain, older: false, input })
 }
 
 fn tls(error: &rustls::Error) -> Error {

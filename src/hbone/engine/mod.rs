@@ -94,6 +94,8 @@ pub(super) struct Established {
     pub(super) sealer: Sealer,
     /// The peer's certificates, leaf first.
     pub(super) chain: Vec<rustls::pki_types::CertificateDer<'static>>,
+    /// It was one of TLS 1.2.
+    pub(super) older: bool,
     pub(super) input: Early,
 }
 

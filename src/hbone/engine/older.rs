@@ -5,7 +5,8 @@
 //! that are drawn for it and leave the process nowhere. That costs a copy and two more passes of AES-GCM each way, and 64 KiB for each tunnel.
 //!
 //! TLS 1.2 cannot change its keys (rustls never renegotiates, and neither does this), so a tunnel ends after 2^24 records in one direction, which
-//! are 256 GiB of full ones. The task ends with its process: such a tunnel cannot be moved to a successor.
+//! are 256 GiB of full ones. The task ends with its process: such a tunnel cannot be moved to a successor
+//! ([`Immovable::Older`](crate::hbone::Immovable)).
 
 use std::io;
 use std::time::Duration;
@@ -54,6 +55,7 @@ pub(super) fn adapt(
         opener: Opener::new(up).map_err(broken)?,
         sealer: Sealer::new(down).map_err(broken)?,
         chain,
+        older: true,
         input: Early { plaintext: input.plaintext, records: Vec::new() },
     })
 }

@@ -26,7 +26,7 @@ struct Inner<C> {
 }
 
 impl<C: Send + 'static> Inbox<C> {
-    pub(super) fn new() -> Arc<Self> {
+    pub(in crate::hbone) fn new() -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new(Inner { ready: Vec::new(), commands: VecDeque::new(), waker: None, closed: false }),
             streams: AtomicU32::new(u32::MAX),

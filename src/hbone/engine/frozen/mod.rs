@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::super::Error;
-use super::super::lifetime::Lifetime;
+use super::super::moving::Origin;
 use super::clock::Watch;
 use super::command::Answered;
 use super::frame::{self, Reason};
@@ -110,8 +110,7 @@ impl std::fmt::Debug for Frozen {
 
 /// The wish to freeze a tunnel. It is off when the receiver of the result is dropped.
 pub(in crate::hbone) struct Freeze {
-    pub(in crate::hbone) peer: SpiffeId,
-    pub(in crate::hbone) lifetime: Lifetime,
+    pub(in crate::hbone) origin: Origin,
     /// Refuses what cannot move instead of waiting for it.
     pub(in crate::hbone) now: bool,
     pub(in crate::hbone) give: oneshot::Sender<Result<Frozen, Error>>,
@@ -206,9 +205,10 @@ impl Tunnel {
         let config = &self.endpoint.config;
         State {
             side: self.side,
-            peer: freeze.peer.clone(),
-            farewell: freeze.lifetime.farewell.saturating_duration_since(now),
-            end: freeze.lifetime.end.saturating_duration_since(now),
+            peer: freeze.origin.peer.clone(),
+            chain: List(freeze.origin.chain.iter().map(|certificate| certificate.to_vec()).collect()),
+            farewell: freeze.origin.lifetime.farewell.saturating_duration_since(now),
+            end: freeze.origin.lifetime.end.saturating_duration_since(now),
             receive: self.opener.state().clone(),
             send: self.sealer.state().clone(),
             input: bytes_of(&self.input.slab, &self.input.range),

@@ -11,6 +11,7 @@ use crate::hbone::Role;
 use crate::hbone::engine::Side;
 use crate::hbone::engine::frame::{self, Head, MAX_WINDOW, PREFACE};
 use crate::hbone::hpack;
+use crate::hbone::moving::LARGEST_CHAIN;
 use crate::model::SpiffeId;
 
 plain! {
@@ -21,6 +22,8 @@ plain! {
         side: Side,
         /// The other end, as it was verified in the handshake.
         peer: SpiffeId,
+        /// Its certificates, leaf first; none if they were too large to be kept.
+        chain: List<Vec<u8>>,
         /// New streams may be opened for so long.
         farewell: Duration,
         /// Streams may go on for so long.
@@ -226,6 +229,7 @@ impl State {
         let window = |octets: i64| (-MAX_WINDOW..=MAX_WINDOW).contains(&octets);
         let size = |octets: u32| i64::from(octets) <= MAX_WINDOW;
         valid(self.receive.suite == self.send.suite, "two cipher suites")?;
+        valid(self.chain.0.iter().map(Vec::len).sum::<usize>() <= LARGEST_CHAIN, "certificates without end")?;
         valid(self.input.len() <= SLAB && self.output.len() <= SLAB, "more bytes on their way than a slab holds")?;
         valid(self.post_handshake.len() <= MOST_POST_HANDSHAKE, "a post-handshake message without end")?;
         valid(

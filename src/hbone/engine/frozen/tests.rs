@@ -34,6 +34,7 @@ fn full(side: Side) -> State {
     State {
         side,
         peer: "spiffe://cluster.local/ns/default/sa/peer".parse().unwrap(),
+        chain: List(vec![b"leaf".to_vec(), b"intermediate".to_vec()]),
         farewell: Duration::from_secs(3600),
         end: Duration::from_secs(3660),
         receive: direction(Suite::Aes256Gcm, 77),
@@ -138,7 +139,7 @@ async fn a_tunnel_that_is_taken_up_is_in_the_state_that_was_written() {
         }
         let order = thawed.tunnel.in_order();
         let (give, _taken) = oneshot::channel();
-        let freeze = Freeze { peer: thawed.peer, lifetime: thawed.lifetime, now: false, give };
+        let freeze = Freeze { origin: thawed.origin, now: false, give };
         let mut again = thawed.tunnel.take_apart(&freeze, &order);
         // Time goes on.
         let close = |one: Duration, other: Duration| one.abs_diff(other) < Duration::from_secs(1);
@@ -169,7 +170,7 @@ async fn no_flipped_bit_makes_a_tunnel_panic() {
 #[test]
 fn states_that_no_tunnel_can_have_are_refused() {
     type Spoil = fn(&mut State);
-    let spoil: [(&str, Spoil); 13] = [
+    let spoil: [(&str, Spoil); 14] = [
         ("a stream twice", |state| state.streams.0[1].id = 5),
         ("a stream that was never opened", |state| state.streams.0[0].id = 1001),
         ("an even stream", |state| state.streams.0[0].id = 4),
@@ -181,6 +182,7 @@ fn states_that_no_tunnel_can_have_are_refused() {
         ("more payload to come than the frame has", |state| state.frame.left = 41),
         ("a whole head that waits", |state| state.frame.head = vec![0; 9]),
         ("a table too large", |state| state.table.max = 4097),
+        ("more certificates than are kept", |state| state.chain.0[1] = vec![0; 16 << 10]),
         ("two suites", |state| state.send = direction(Suite::Aes128Gcm, 0)),
         ("an end before the last byte", |state| state.streams.0[2].backlog = vec![1]),
     ];

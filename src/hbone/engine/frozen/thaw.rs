@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::CertificateDer;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -20,14 +21,13 @@ use crate::hbone::engine::tunnel::{Life, Side, Tunnel};
 use crate::hbone::engine::{Early, Established};
 use crate::hbone::hpack::Decoder;
 use crate::hbone::lifetime::Lifetime;
+use crate::hbone::moving::Origin;
 use crate::hbone::{Config, Endpoint, Error, Role};
-use crate::model::SpiffeId;
 
 /// A tunnel that is ready to be driven. Its streams wait for their applications as new ones do, and come with them.
 pub(in crate::hbone) struct Thawed {
-    pub(in crate::hbone) peer: SpiffeId,
+    pub(in crate::hbone) origin: Origin,
     pub(in crate::hbone) address: SocketAddr,
-    pub(in crate::hbone) lifetime: Lifetime,
     pub(in crate::hbone) tunnel: Box<Tunnel>,
     /// In the order in which they wait to send.
     pub(in crate::hbone) streams: Vec<(u32, Role, TcpStream)>,
@@ -52,7 +52,7 @@ impl Frozen {
         let mut sockets = sockets.into_iter();
         let socket = sockets.next().ok_or_else(|| refused("no socket"))?;
         let address = socket.peer_addr().map_err(|error| refused(&error.to_string()))?;
-        let established = Established { socket, opener, sealer, chain: Vec::new(), input: Early::default() };
+        let established = Established { socket, opener, sealer, chain: Vec::new(), older: false, input: Early::default() };
         let mut tunnel = Tunnel::new(established, side, self.state.endpoint(endpoint))?;
         self.state.put_into(&mut tunnel)?;
         let streams = self.state.streams.0.iter().zip(sockets).map(|(stream, socket)| (stream.id, stream.role, socket)).collect();
@@ -61,7 +61,9 @@ impl Frozen {
         let now = Instant::now();
         let lifetime = Lifetime { farewell: now + self.state.farewell, end: now + self.state.end };
         let leaving = self.state.released || self.state.goaway_received || self.state.draining.is_some();
-        Ok(Thawed { peer: self.state.peer.clone(), address, lifetime, tunnel, streams, leaving })
+        let chain = std::mem::take(&mut self.state.chain.0).into_iter().map(CertificateDer::from).collect();
+        let origin = Origin { peer: self.state.peer.clone(), chain, lifetime, immovable: None };
+        Ok(Thawed { origin, address, tunnel, streams, leaving })
     }
 }
 
