@@ -174,7 +174,7 @@ impl Tunnel {
     /// A whole frame other than DATA is here.
     fn finish(&mut self, head: Head) -> Result<(), Reason> {
         self.frame = None;
-        let payload = std::mem::take(&mut self.gathered);
+        let mut payload = std::mem::take(&mut self.gathered);
         let outcome = match head.kind {
             frame::HEADERS => self.headers(head, &payload),
             frame::CONTINUATION => self.continuation(head, &payload),
@@ -187,6 +187,8 @@ impl Tunnel {
             // PRIORITY and what we do not know (RFC 9113 §4.1, §5.5).
             _ => self.temper.idle_frame(),
         };
+        payload.clear();
+        frame::thin(&mut payload);
         self.gathered = payload;
         outcome
     }

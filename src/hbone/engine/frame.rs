@@ -126,6 +126,14 @@ pub(super) fn put(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: 
     out.extend_from_slice(payload);
 }
 
+/// Gives back what an empty buffer needed once and will hardly need again.
+pub(super) fn thin(buffer: &mut Vec<u8>) {
+    const KEPT: usize = 4 << 10;
+    if buffer.is_empty() && buffer.capacity() > KEPT {
+        *buffer = Vec::new();
+    }
+}
+
 /// One step through a stream of frames.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {

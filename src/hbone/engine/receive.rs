@@ -18,6 +18,8 @@ use crate::sys::stream_io::{self, Next};
 const CONTROL_LIMIT: usize = 64 << 10;
 /// Post-handshake messages that may be buffered until they are whole.
 const POST_HANDSHAKE_LIMIT: usize = 16 << 10;
+/// Pieces of payload that are collected for one application before it gets them: what a peer sends octet by octet shall not cost a multiple of it.
+const MOST_SPANS: usize = 256;
 /// Octets of a full record on the wire.
 const FULL_RECORD: usize = record::HEADER + record::MAX_PLAINTEXT + record::TRAILER;
 
@@ -175,6 +177,7 @@ impl Tunnel {
                 _ => return Err(Broken::Record(RecordError::Unexpected)),
             }
         }
+        frame::thin(&mut self.post_handshake);
         Ok(())
     }
 
@@ -210,7 +213,7 @@ impl Tunnel {
             // Bytes before the answer (RFC 9113 §8.1).
             return self.abandon(slot, Ended::Failed(std::io::Error::other("bytes before the answer")), Some(Reason::PROTOCOL_ERROR));
         }
-        if self.span_slot != slot && !self.spans.is_empty() {
+        if self.span_slot != slot || self.spans.len() == MOST_SPANS {
             self.flush_spans(buffer);
         }
         self.span_slot = slot;

@@ -112,6 +112,7 @@ impl Tunnel {
             taken += size;
         }
         self.control.drain(..taken);
+        frame::thin(&mut self.control);
         end
     }
 
@@ -317,3 +318,6 @@ fn read_into_slots(socket: &tokio::net::TcpStream, slab: &mut Slab, end: usize, 
     }
     stream_io::read_vectored(socket, pieces.get_mut(..used).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests;
