@@ -107,6 +107,20 @@ fn a_source_connection_shows_the_complete_labels_in_their_order() {
     assert_eq!(traffic(&telemetry), expect(&[opened, "connections_closed_total{SET} 1", received, sent]));
 }
 
+/// From a captured pod to one outside of the mesh, or to one whose workload takes plain TCP: nobody has shown a certificate.
+#[test]
+fn without_tls_no_source_has_a_principal_and_no_line_an_identity() {
+    let telemetry = Telemetry::default();
+    let facts = ConnectionFacts { mutual_tls: false, hbone_target: None, ..outbound() };
+    let written = lines(LogFormat::Plain, "", |_| telemetry.opened(facts).close(ConnectionEnd::default()));
+    let [line] = written.as_slice() else { panic!("{written:?}") };
+    assert!(line.contains("src.workload=\"curl-0\"") && !line.contains("src.identity") && !line.contains("dst.identity"), "{line}");
+    let plain = SOURCE.replace("source_principal=\"spiffe://cluster.local/ns/shop/sa/curl\"", "source_principal=\"unknown\"");
+    let plain = plain.replace("connection_security_policy=\"mutual_tls\"", "connection_security_policy=\"unknown\"");
+    assert!(plain.contains("destination_principal=\"spiffe://cluster.local/ns/back/sa/web\""), "who it ought to be");
+    assert_eq!(traffic(&telemetry)[0], format!("istio_tcp_connections_opened_total{{{plain}}} 1"));
+}
+
 #[test]
 fn a_denied_destination_connection_shows_its_flag_and_counts_as_failed() {
     let telemetry = Telemetry::default();

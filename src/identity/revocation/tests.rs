@@ -177,8 +177,9 @@ async fn a_list_that_came_during_the_handshake_ends_the_tunnel_at_once() {
 #[tokio::test(start_paused = true)]
 async fn a_file_of_more_than_64_mib_is_not_read() {
     let file = Following::start(Some(&text(2)));
-    // It takes no room on disk.
-    fs::File::create(&file.path).unwrap().set_len((64 << 20) + 1).unwrap();
+    // A list, and what takes no room on disk.
+    fs::write(&file.path, text(3)).unwrap();
+    fs::OpenOptions::new().write(true).open(&file.path).unwrap().set_len((64 << 20) + 1).unwrap();
     file.look().await;
     assert_eq!((file.revoked(), file.loads("unusable"), file.loads("loaded")), (2, 1, 1));
 }
