@@ -102,7 +102,44 @@ impl DnsMetrics {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    fn client(profile: crate::model::Profile) -> Workload {
+        Workload {
+            uid: "w".into(),
+            name: "w".into(),
+            addresses: Default::default(),
+            node: "n".into(),
+            hostname: "".into(),
+            status: crate::model::HealthStatus::Healthy,
+            capacity: 1,
+            profile: std::sync::Arc::new(profile),
+        }
+    }
+
+    #[test]
+    fn the_families_have_the_names_labels_and_bounds_of_the_reference() {
+        let mut registry = Registry::default();
+        let metrics = DnsMetrics::register(&mut registry);
+        let profile = crate::model::Profile { canonical_name: "web".into(), canonical_revision: "v1".into(), ..crate::model::Profile::default() };
+        let labels = metrics.labels(RecordType::AAAA, Transport::Udp, Some(&client(profile)));
+        metrics.asked(&labels);
+        metrics.passed_on(&labels);
+        metrics.upstream_done(&labels, false, Duration::from_millis(40));
+        metrics.upstream_done(&labels, true, Duration::from_micros(700));
+        let mut page = String::new();
+        prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
+        let set = r#"request_query_type="aaaa",request_protocol="udp",source_canonical_service="web",source_canonical_revision="v1""#;
+        for family in ["requests", "upstream_requests", "upstream_failures"] {
+            assert!(page.contains(&format!("\nistio_dns_{family}_total{{{set}}} 1\n")), "{family}\n{page}");
+        }
+        for (bound, count) in [("0.0005", 0), ("0.001", 1), ("0.01", 1), ("0.1", 2), ("1.0", 2), ("5.0", 2), ("+Inf", 2)] {
+            let line = format!("\nistio_dns_upstream_request_duration_seconds_bucket{{le=\"{bound}\",{set}}} {count}\n");
+            assert!(page.contains(&line), "{line} is not in\n{page}");
+        }
+        assert_eq!(page.matches("(unstable)").count(), 4);
+    }
 
     #[test]
     fn invented_types_and_many_label_sets_take_no_more_series() {
@@ -111,17 +148,7 @@ mod tests {
             assert_eq!(metrics.labels(RecordType::Unknown(kind), Transport::Udp, None).request_query_type, "unknown");
         }
         let workload = |number: usize| {
-            let profile = crate::model::Profile { canonical_name: format!("app-{number}").as_str().into(), ..crate::model::Profile::default() };
-            Workload {
-                uid: "w".into(),
-                name: "w".into(),
-                addresses: Default::default(),
-                node: "n".into(),
-                hostname: "".into(),
-                status: crate::model::HealthStatus::Healthy,
-                capacity: 1,
-                profile: std::sync::Arc::new(profile),
-            }
+            client(crate::model::Profile { canonical_name: format!("app-{number}").as_str().into(), ..crate::model::Profile::default() })
         };
         let services = (0..2 * MOST_LABEL_SETS).map(|number| metrics.labels(RecordType::A, Transport::Tcp, Some(&workload(number))));
         let distinct: HashSet<Labels> = services.collect();
