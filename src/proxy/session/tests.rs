@@ -35,6 +35,7 @@ fn every_way_to_fail_has_the_response_flag_of_the_reference() {
                 tunnel(hbone::Error::Tunnel("x".into())),
                 tunnel(hbone::Error::HandshakeDeadline(second)),
                 tunnel(hbone::Error::PingTimeout(second)),
+                tunnel(hbone::Error::Flood("x")),
             ],
         ),
         ("NETWORK_POLICY", vec![tunnel(hbone::Error::ConnectTimeout(there)), within(hbone::Error::ConnectTimeout(there))]),
