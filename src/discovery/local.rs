@@ -126,7 +126,14 @@ async fn reload(mut publisher: Publisher, mut follower: Follower, mut reading: R
         match rows {
             None => {}
             Some(Ok(rows)) => {
-                let changed = publish(&mut publisher, rows, &stats);
+                // Connections are served meanwhile.
+                let stats = stats.clone();
+                let work = move || {
+                    let changed = publish(&mut publisher, rows, &stats);
+                    (publisher, changed)
+                };
+                let Ok((back, changed)) = tokio::task::spawn_blocking(work).await else { return };
+                publisher = back;
                 tracing::info!(path = %follower.path().display(), changed, "static configuration loaded again");
             }
             Some(Err(error)) => {

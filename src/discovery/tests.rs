@@ -103,6 +103,61 @@ fn a_subscriber_is_woken_only_by_what_comes_after_it() {
     assert!(updates.has_changed().unwrap());
 }
 
+/// Work is counted, not time: what is ready is looked up.
+#[test]
+fn no_connection_of_this_node_waits_for_policies_to_be_compiled() {
+    let (mut publisher, mesh) = Publisher::new(Some("here".into()));
+    let pod = |uid: &str, namespace: &str, node: &str, names: &[&str]| {
+        let authorization_policies = names.iter().map(|name| Text::from(*name)).collect();
+        let profile = Arc::new(Profile { namespace: namespace.into(), authorization_policies, ..Profile::default() });
+        Edit::Workload(Workload { node: node.into(), profile, ..workload(uid, uid) })
+    };
+    let policy = |name: &str, namespace: &str, scope| Edit::Policy(Authorization::new(name, namespace, scope, Action::Allow, Vec::new()));
+    for edits in [
+        vec![policy("all", "root", Scope::Global), policy("own", "shop", Scope::Namespace), policy("one", "shop", Scope::WorkloadSelector)],
+        vec![pod("a", "shop", "here", &["shop/one"]), pod("b", "shop", "here", &["shop/one", "shop/unknown"]), pod("c", "far", "there", &[])],
+        vec![pod("d", "office", "here", &[])],
+        vec![pod("e", "office", "there", &["shop/one"]), policy("more", "office", Scope::Namespace)],
+        vec![Edit::RemovePolicy("root/all".into())],
+        vec![pod("d", "office", "here", &["shop/one"])],
+        vec![Edit::Remove("a".into()), policy("one", "shop", Scope::Namespace)],
+    ] {
+        let what = format!("{edits:?}");
+        assert!(publisher.publish(edits));
+        let world = mesh.current();
+        for local in world.snapshot.local_workloads() {
+            assert!(world.policies.is_ready(&local.profile.namespace, &local.profile.authorization_policies), "{} after {what}", local.uid);
+        }
+        assert!(!world.policies.is_ready("far", &[]), "nothing is done for other nodes");
+    }
+    assert_eq!(mesh.current().snapshot.local_workloads().count(), 2);
+}
+
+#[test]
+fn who_looks_at_departures_only_is_woken_by_workloads_that_go_wherever_they_were() {
+    let (mut publisher, mesh) = Publisher::new(Some("here".into()));
+    let elsewhere = |capacity| Workload { node: "there".into(), capacity, ..workload("u", "a") };
+    let mut departures = mesh.subscribe_departures();
+    for (edit, wakes) in [
+        (Edit::Workload(elsewhere(1)), false),
+        (Edit::Workload(elsewhere(2)), false),
+        (Edit::Workload(workload("v", "b")), false),
+        (Edit::Service(service("shop")), false),
+        (Edit::Remove("shop/web.example".into()), false),
+        (Edit::Remove("never/was".into()), false),
+        (Edit::Policy(deny_all()), false),
+        (Edit::Remove("u".into()), true),
+        (Edit::Remove("v".into()), true),
+    ] {
+        let what = format!("{edit:?}");
+        publisher.publish([edit]);
+        assert_eq!(departures.has_changed().unwrap(), wakes, "{what}");
+        if wakes {
+            assert_eq!(*departures.borrow_and_update(), mesh.current().epoch);
+        }
+    }
+}
+
 #[test]
 fn who_looks_at_this_node_only_is_woken_by_its_workloads_and_by_policies() {
     let (mut publisher, mesh) = Publisher::new(Some("here".into()));

@@ -27,6 +27,7 @@ pub struct SnapshotBuilder {
     /// The same of uids, by their hashes.
     fresh: HashMap<u64, Id, RandomState>,
     local_changed: bool,
+    departed: bool,
 }
 
 /// The ways to find a workload beside its uid.
@@ -143,6 +144,7 @@ impl SnapshotBuilder {
         self.settle();
         if let Some((id, workload)) = self.tables.workload(name).map(|(id, workload)| (id, workload.clone())) {
             self.note(&workload);
+            self.departed = true;
             let (uid, mut keys) = (self.tables.hash(&workload.uid), Vec::new());
             self.tables.keys(&workload, uid, |way, key| keys.push((way, key)));
             for (way, key) in keys {
@@ -164,6 +166,12 @@ impl SnapshotBuilder {
     #[must_use]
     pub fn local_changed(&self) -> bool {
         self.local_changed
+    }
+
+    /// Whether any workload was removed.
+    #[must_use]
+    pub fn departed(&self) -> bool {
+        self.departed
     }
 
     /// The finished snapshot.
