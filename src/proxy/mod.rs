@@ -7,6 +7,7 @@ mod accept;
 mod announcement;
 mod connections;
 mod demand;
+mod departures;
 pub mod dns;
 mod failed_dials;
 mod guard;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use connections::{Asked, ConnectionTable, LiveConnection, Protocol};
+pub use departures::Departures;
 pub use failed_dials::FailedDials;
 pub use host_names::HostNames;
 pub use own_tunnel::serve_own_tunnel;
@@ -91,4 +93,6 @@ pub struct Node {
     pub dials: Permits<SpiffeId>,
     /// Dials that came to nothing, per peer and pod: 100 per second.
     pub failed_dials: FailedDials,
+    /// Tells the pools of all pods who left the mesh.
+    pub departures: Departures,
 }

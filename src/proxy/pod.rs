@@ -14,15 +14,12 @@ use super::guard::{Derivation, Guard};
 use super::session::Error;
 use super::sockets::PodSockets;
 use super::{Node, inbound, outbound, plaintext};
-use crate::discovery::{LocalName, Mesh};
+use crate::discovery::LocalName;
 use crate::hbone::Pool;
 use crate::identity::Credential;
 use crate::lifecycle::drain::{DrainMode, DrainWatcher};
 use crate::model::{SpiffeId, Workload};
 use crate::telemetry::{EarlyRefusal, Reporter};
-
-/// How often the pool is looked through at most, while the mesh changes without end.
-const DEPARTURES: Duration = Duration::from_secs(1);
 
 /// The shortest time between two looks at what is half-closed.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
@@ -51,7 +48,7 @@ impl PodProxy {
         let (guard, derivation) = Guard::derive(&node.mesh, name.clone(), connections.clone());
         let pool = Arc::new(Pool::new(node.hbone.clone(), Arc::new(sockets.clone())));
         let mut upkeep = JoinSet::new();
-        upkeep.spawn(release_departed(node.mesh.clone(), pool.clone()));
+        node.departures.release_from(&pool);
         upkeep.spawn(reap_half_closed(connections.clone(), node.config.half_closed));
         Arc::new(Self { node, name, sockets, pool, guard, connections, _derivation: derivation, _upkeep: upkeep, _process: process })
     }
@@ -130,20 +127,6 @@ impl PodProxy {
                 pod.pool.abort();
             }
         });
-    }
-}
-
-/// Lets go of tunnels to workloads that left the mesh: at once, rather than when they were unused for minutes (design §9), for their address may be
-/// another's by then. Streams that are open finish.
-async fn release_departed(mesh: Mesh, pool: Arc<Pool>) {
-    let mut worlds = mesh.subscribe();
-    while worlds.changed().await.is_ok() {
-        {
-            // Let go of before the pause: a world that somebody holds cannot be changed in place.
-            let world = worlds.borrow_and_update().clone();
-            pool.retain(|key| world.snapshot.workload(&key.destination).is_some());
-        }
-        sleep(DEPARTURES).await;
     }
 }
 

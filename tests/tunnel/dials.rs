@@ -8,7 +8,7 @@ use culvert::discovery::local::{self, LocalSource};
 use culvert::hbone::{Config, Endpoint};
 use culvert::lifecycle::drain::{self, DrainTrigger};
 use culvert::lifecycle::{PermitLimits, Permits};
-use culvert::proxy::{FailedDials, HostNames, Node, PodProxy, PodSockets};
+use culvert::proxy::{Departures, FailedDials, HostNames, Node, PodProxy, PodSockets};
 use culvert::telemetry::{Telemetry, TelemetryConfig};
 use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
@@ -42,6 +42,7 @@ impl Pod {
             policy_info: false,
         };
         let sockets = PodSockets::new(None, false, &config);
+        let departures = Departures::follow(&mesh);
         let node = Node {
             config,
             hbone: Arc::new(Endpoint::new(Config::default())),
@@ -52,6 +53,7 @@ impl Pod {
             unauthenticated: Permits::new(PermitLimits { total: 100, per_key: 100 }),
             dials: Permits::new(PermitLimits { total: usize::MAX, per_key: 64 }),
             failed_dials: FailedDials::new(per_second),
+            departures,
         };
         let name = LocalName { name: "web".into(), namespace: "default".into(), service_account: "server".into() };
         let (listener, address) = listen().await;

@@ -33,7 +33,7 @@ use crate::lifecycle::drain::{self, DrainMode, DrainTrigger, DrainWatcher};
 use crate::lifecycle::{Clock, PermitLimits, Permits, Supervisor};
 use crate::pods::{self, Pod, PodListeners, PodRunner, PodsView, RunningPod};
 use crate::proxy::dns::Dns;
-use crate::proxy::{ConnectionTable, FailedDials, HostNames, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
+use crate::proxy::{ConnectionTable, Departures, FailedDials, HostNames, Node, PodProxy, PodSockets, prefetch_certificates, serve_own_tunnel};
 use crate::sys;
 use crate::telemetry::logging::{LogFormat, LogHandle};
 use crate::telemetry::{Telemetry, TelemetryConfig};
@@ -99,6 +99,7 @@ async fn live(settings: Settings, log: LogHandle, data: &Handle) -> anyhow::Resu
         unauthenticated: Permits::new(PermitLimits { total: unauthenticated, per_key: per_source }),
         dials: Permits::new(PermitLimits { total: usize::MAX, per_key: settings.pending_dials }),
         failed_dials: FailedDials::new(settings.failed_dials),
+        departures: Departures::follow(&mesh),
     });
     let dns = settings.pods.services.dns.map(|_| telemetry.registry(|registry| Dns::new(settings.dns.clone(), registry)));
     let dns_ready = dns.as_ref().map(|_| readiness.register("dns proxy"));
