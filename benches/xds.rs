@@ -1,7 +1,8 @@
 //! What a large mesh costs over xDS: 100,000 workloads and 5,000 services in one push, then 100 changes a second for ten seconds. Printed: CPU of
 //! the client's process (TLS, HTTP/2, decoding, applying, publishing), its memory a while after, and how long readers waited.
 //!
-//! The server is this program started again, so that its costs are its own.
+//! The server is this program started again, so that its costs are its own. As istiod, it pushes each change when it is due, whether or not the ones
+//! before were acknowledged. Meanwhile 250 pods wait for what concerns them, as those of a full node do, and a thread looks up addresses.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 #[allow(dead_code, unreachable_pub)]
@@ -15,7 +16,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use culvert::discovery::xds::{self, Identity};
@@ -32,6 +33,8 @@ const WORKLOADS: u32 = 100_000;
 const SERVICES: u32 = 5_000;
 const UPDATES: u32 = 1000;
 const PER_SECOND: u32 = 100;
+/// Of this node.
+const PODS: usize = 250;
 
 fn namespace(service: u32) -> String {
     format!("team-{}", service % 200)
@@ -106,12 +109,19 @@ async fn serve() {
     stream.push(ADDRESS_TYPE, resources, &[]).await;
     stream.acked().await;
     tokio::task::spawn_blocking(|| std::io::stdin().lock().read_line(&mut String::new())).await.unwrap().unwrap();
-    let begun = tokio::time::Instant::now();
+    let (begun, mut acks) = (tokio::time::Instant::now(), 0);
     for round in 0..UPDATES {
-        tokio::time::sleep_until(begun + Duration::from_secs(1) * round / PER_SECOND).await;
+        // As istiod, it does not wait for one push to be acknowledged before the next.
+        let due = begun + Duration::from_secs(1) * round / PER_SECOND;
+        while let Ok(ack) = tokio::time::timeout_at(due, stream.request()).await {
+            assert_eq!(ack.error_detail, None);
+            acks += 1;
+        }
         let changed = Workload { status: i32::try_from(round % 2).unwrap(), capacity: Some(round), ..workload(round * 97 % WORKLOADS) };
         stream.push(ADDRESS_TYPE, vec![workload_resource(changed, u64::MAX - u64::from(round))], &[]).await;
-        stream.acked().await;
+    }
+    for _ in acks..UPDATES {
+        stream.request().await;
     }
     println!("done");
     std::future::pending::<()>().await;
@@ -169,6 +179,17 @@ fn main() {
                 (worst, cpu(UsageWho::RUSAGE_THREAD))
             }
         });
+        let woken = Arc::new(AtomicUsize::new(0));
+        for _ in 0..PODS {
+            // What a pod waits for: its policy and its workload, both of them on this node.
+            let (mut worlds, woken) = (mesh.subscribe_local(), woken.clone());
+            tokio::spawn(async move {
+                while worlds.changed().await.is_ok() {
+                    woken.fetch_add(1, Ordering::Relaxed);
+                    worlds.borrow_and_update();
+                }
+            });
+        }
         let epoch = mesh.current().epoch;
         let (before, begun) = (cpu(UsageWho::RUSAGE_SELF), Instant::now());
         writeln!(child.stdin.as_mut().unwrap()).unwrap();
@@ -178,11 +199,12 @@ fn main() {
         over.store(true, Ordering::Relaxed);
         let (times, reading) = reader.join().unwrap();
         let spent = (cpu(UsageWho::RUSAGE_SELF) - before).saturating_sub(reading);
-        let updates = mesh.current().epoch - epoch;
+        let worlds = mesh.current().epoch - epoch;
         println!(
-            "{updates} changes in {took:?}: {spent:?} of CPU beyond the reader's, {:.2} % of a core",
+            "{UPDATES} changes in {took:?}, {worlds} worlds: {spent:?} of CPU beyond the reader's, {:.2} % of a core",
             spent.as_secs_f64() / took.as_secs_f64() * 100.0
         );
+        println!("pods woken: {} times", woken.load(Ordering::Relaxed));
         println!("look-ups meanwhile: {} of them, p99 {:?}, longest {:?}", times.len(), times[times.len() * 99 / 100], times[times.len() - 1]);
         println!("memory at the end: {:.1} MB more than before", resident_mb() - memory);
     });

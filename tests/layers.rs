@@ -15,7 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("telemetry", &["model"]),
     ("sys", &[]),
     ("forward", &["sys", "lifecycle", "telemetry"]),
-    ("grpc", &[]),
+    ("grpc", &["sys"]),
     ("identity", &["model", "wire", "lifecycle", "telemetry", "grpc"]),
     ("discovery", &["model", "policy", "wire", "lifecycle", "telemetry", "grpc"]),
     ("hbone", &["model", "identity", "forward", "sys", "lifecycle", "telemetry"]),

@@ -18,17 +18,25 @@ use tonic_prost::ProstCodec;
 use tower_service::Service;
 
 use super::answers::Answers;
+use super::coalesce::Coalescing;
 
 /// One HTTP/2 connection to a verified server. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Connection {
     sender: SendRequest<Body>,
     origin: Uri,
+    coalescing: Coalescing,
 }
 
 impl Connection {
-    pub(super) fn new(sender: SendRequest<Body>, origin: Uri) -> Self {
-        Self { sender, origin }
+    pub(super) fn new(sender: SendRequest<Body>, origin: Uri, coalescing: Coalescing) -> Self {
+        Self { sender, origin, coalescing }
+    }
+
+    /// The switch by which what the server says is read in gulps, for who does not wait for single answers. It is off.
+    #[must_use]
+    pub fn coalescing(&self) -> Coalescing {
+        self.coalescing.clone()
     }
 
     /// Whether no further call can be made on it: the server closed it, said GOAWAY, or stopped answering.

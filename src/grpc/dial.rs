@@ -15,6 +15,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tonic::metadata::{AsciiMetadataKey, MetadataMap, MetadataValue};
 
+use super::coalesce::{Coalesced, Coalescing};
 use super::connection::Connection;
 use super::trust::Roots;
 use super::{Config, Error};
@@ -117,7 +118,8 @@ impl Dialer {
     /// # Errors
     /// [`Error::Unreachable`] and [`Error::Untrusted`].
     pub async fn dial(&self, roots: &Roots) -> Result<Connection, Error> {
-        let socket = self.reach().await?;
+        let coalescing = Coalescing::default();
+        let socket = Coalesced::new(self.reach().await?, coalescing.clone());
         let untrusted = |problem: String| Error::Untrusted { address: self.config.address.to_string(), problem };
         let tls = roots.client(self.alternate.clone(), self.config.post_quantum_only).map_err(|error| untrusted(error.to_string()))?;
         let shake = async {
@@ -146,7 +148,7 @@ impl Dialer {
                 tracing::debug!(%error, "connection to the control plane ended");
             }
         });
-        Ok(Connection::new(sender, self.origin.clone()))
+        Ok(Connection::new(sender, self.origin.clone(), coalescing))
     }
 
     async fn reach(&self) -> Result<TcpStream, Error> {

@@ -7,6 +7,7 @@
 //! rules: reference, dataplane §5.3 and §7.4.
 
 mod answers;
+mod coalesce;
 mod connection;
 mod dial;
 mod files;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use answers::Answers;
+pub use coalesce::Coalescing;
 pub use connection::{Connection, status_text};
 pub use dial::{Address, Dialer};
 pub use files::{RootSource, Token};

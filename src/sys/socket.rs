@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -248,6 +248,20 @@ pub fn original_destination(socket: &impl AsFd) -> io::Result<SocketAddr> {
 /// Those of `setsockopt(2)`.
 pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_linger(Some(Duration::ZERO))
+}
+
+/// From how many bytes on a socket counts as readable (`SO_RCVLOWAT`); 1 is the kernel's own. Its end, and an error, count always. What is there
+/// already counts at once when the threshold sinks.
+///
+/// # Errors
+/// Those of `setsockopt(2)`.
+#[allow(unsafe_code, clippy::cast_possible_truncation, reason = "the size of an integer")]
+pub fn set_read_threshold(socket: &impl AsFd, bytes: u16) -> io::Result<()> {
+    let (socket, value) = (socket.as_fd().as_raw_fd(), libc::c_int::from(bytes));
+    // SAFETY: the descriptor is open as long as it is borrowed; the value lives through the call, and its size is what is said.
+    let code =
+        unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, (&raw const value).cast(), size_of_val(&value) as libc::socklen_t) };
+    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Checks at start-up that this process may set `SO_MARK`.

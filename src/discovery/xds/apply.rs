@@ -21,8 +21,8 @@ const TOLD: usize = 20;
 #[derive(Debug)]
 pub(super) struct Applier {
     publisher: Publisher,
-    /// Until every kind in `first` was heard of, what is to be published waits here: a world whose policies are not known yet would permit.
-    waiting: Option<Draft>,
+    /// What is published next. It waits until every kind in `first` was heard of: a world whose policies are not known yet would permit.
+    drawn: Option<Draft>,
     first: Vec<Kind>,
     addresses: HashMap<Text, Held, foldhash::fast::RandomState>,
     policies: HashMap<Text, Held, foldhash::fast::RandomState>,
@@ -112,8 +112,6 @@ pub(super) struct Applied {
     pub(super) refused: Vec<(String, String)>,
     /// How many more were.
     pub(super) refused_more: usize,
-    /// Whether a new world was published.
-    pub(super) changed: bool,
     /// Bytes of the resources.
     pub(super) bytes: usize,
     /// Names that the push has something for: those of its resources and their aliases.
@@ -148,17 +146,12 @@ impl Applied {
 impl Applier {
     /// Publishes nothing until each kind of `first` has had its first push.
     pub(super) fn new(publisher: Publisher, first: Vec<Kind>) -> Self {
-        Self { publisher, waiting: None, first, addresses: HashMap::default(), policies: HashMap::default(), pushes: 0 }
+        Self { publisher, drawn: None, first, addresses: HashMap::default(), policies: HashMap::default(), pushes: 0 }
     }
 
     /// Whether everything that must be heard of before the first world was.
     pub(super) fn is_synced(&self) -> bool {
         self.first.is_empty()
-    }
-
-    /// How many policies are held.
-    pub(super) fn policies(&self) -> usize {
-        self.policies.len()
     }
 
     pub(super) fn publisher(&self) -> &Publisher {
@@ -174,18 +167,29 @@ impl Applier {
         held.iter().map(|(name, held)| (name.to_string(), held.version()))
     }
 
-    /// Applies a push as one world. `whole` says that what is held and not in it is gone: the server was not told what we have. `asked` says
+    /// Publishes what was drawn as one world, unless a kind was not heard of yet; says whether it did.
+    pub(super) fn publish(&mut self) -> bool {
+        let drawn = if self.is_synced() { self.drawn.take() } else { None };
+        drawn.is_some_and(|drawn| self.publisher.publish_draft(drawn))
+    }
+
+    /// Whether [`Applier::publish`] may take some time.
+    pub(super) fn is_slow(&self) -> bool {
+        self.is_synced() && self.drawn.as_ref().is_some_and(Draft::is_slow)
+    }
+
+    /// Applies a push to the world that is published next. `whole` says that what is held and not in it is gone: the server was not told what we have. `asked` says
     /// whether anybody waits for names.
     ///
     /// # Errors
     /// When it is none: a policy cannot be read so far that its name is known. Nothing is applied then.
-    pub(super) fn apply(&mut self, kind: Kind, push: EncodedPush, whole: bool, asked: bool) -> Result<Applied, String> {
+    pub(super) fn draw(&mut self, kind: Kind, push: EncodedPush, whole: bool, asked: bool) -> Result<Applied, String> {
         let mut applied = Applied::default();
         if kind == Kind::Authorization {
             push.resources.iter().try_for_each(|encoded| ResourceView::read(encoded).map(drop))?;
         }
         self.pushes = self.pushes.wrapping_add(1);
-        let mut draft = self.waiting.take().unwrap_or_else(|| self.publisher.draft());
+        let mut draft = self.drawn.take().unwrap_or_else(|| self.publisher.draft());
         let mut gone = push.removed_resources;
         if whole {
             let there: HashSet<&str> = push.resources.iter().filter_map(|encoded| Some(ResourceView::read(encoded).ok()?.name)).collect();
@@ -219,11 +223,7 @@ impl Applier {
             }
         }
         self.first.retain(|missing| *missing != kind);
-        if self.first.is_empty() {
-            applied.changed = self.publisher.publish_draft(draft);
-        } else {
-            self.waiting = Some(draft);
-        }
+        self.drawn = Some(draft);
         Ok(applied)
     }
 

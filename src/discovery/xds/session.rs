@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures_util::stream;
+use futures_util::{FutureExt, stream};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Status};
@@ -10,7 +10,7 @@ use tonic::{Code, Request, Status};
 use super::apply::{Applied, Applier};
 use super::demand::{Demand, News};
 use super::{Config, Kind};
-use crate::grpc::{self, Answers, status_text};
+use crate::grpc::{self, Answers, Coalescing, status_text};
 use crate::lifecycle::Backoff;
 use crate::telemetry::limited;
 use crate::wire::xds::{DELTA_METHOD, DeltaDiscoveryRequest, EncodedPush, WILDCARD};
@@ -25,8 +25,10 @@ const FIRST_ANSWER: Duration = Duration::from_secs(120);
 const SEND_LIMIT: Duration = Duration::from_secs(30);
 /// A stream that lived so long was a good one: the next is opened at once.
 const GOOD_LIFE: Duration = Duration::from_secs(1);
-/// Pushes of more resources than this are applied on a thread of their own: this one has other work that must not wait.
+/// Pushes of more resources than this are applied on a thread of their own.
 const LARGE_PUSH: usize = 256;
+/// So many pushes that come together are published together.
+const TOGETHER: usize = 16;
 /// Larger requests may be more than a gRPC server takes; the default limit of servers in Go is 4 MiB.
 const LARGE_REQUEST: usize = 4 << 20;
 
@@ -71,7 +73,7 @@ pub(super) struct Client {
     applier: Option<Applier>,
     demand: Option<Demand>,
     synced: watch::Sender<bool>,
-    /// Answers to names that came before there was a world to look them up in.
+    /// Names that were answered for, before there is a world to look them up in.
     early: (Vec<String>, Vec<String>),
     /// The server refuses requests with all our versions: the next stream says nothing of what we have, and takes the first push for all there is.
     forgetful: bool,
@@ -135,7 +137,8 @@ impl Client {
     async fn stream(&mut self, life: &mut Life) -> End {
         match self.open(life).await {
             Err(end) => end,
-            Ok((answers, requests)) => {
+            Ok((answers, requests, coalescing)) => {
+                life.coalescing = coalescing;
                 tracing::info!(server = %self.config.dialer.address(), "xDS stream open");
                 self.config.stats.streaming(true);
                 match self.serve(answers, requests, life).await {
@@ -146,7 +149,7 @@ impl Client {
         }
     }
 
-    async fn open(&mut self, life: &mut Life) -> Result<(Answers<EncodedPush>, mpsc::Sender<DeltaDiscoveryRequest>), End> {
+    async fn open(&mut self, life: &mut Life) -> Result<(Answers<EncodedPush>, mpsc::Sender<DeltaDiscoveryRequest>, Coalescing), End> {
         let dialer = &self.config.dialer;
         let roots = dialer.roots().await.map_err(End::Unopened)?;
         let metadata = dialer.metadata().await.map_err(End::Unopened)?;
@@ -163,7 +166,7 @@ impl Client {
         *request.metadata_mut() = metadata;
         let opened = timeout(FIRST_ANSWER, connection.stream(DELTA_METHOD, request, MAX_MESSAGE)).await;
         let answers = opened.unwrap_or_else(|_| Err(silent())).map_err(End::Status)?;
-        Ok((answers, sender))
+        Ok((answers, sender, connection.coalescing()))
     }
 
     /// The first request of a type on a stream (reference, dataplane §5.5).
@@ -196,8 +199,6 @@ impl Client {
         life: &mut Life,
     ) -> Result<(), Status> {
         let demand = self.demand.clone();
-        let whole = self.forgetful && demand.is_none();
-        let mut unheard = if whole { Kind::ALL.to_vec() } else { Vec::new() };
         let opened = Instant::now();
         loop {
             let news = async {
@@ -227,52 +228,62 @@ impl Client {
                 () = silence => return Err(silent()),
             };
             life.answered = true;
-            let kind = Kind::of(&push.type_url);
-            let answer =
-                DeltaDiscoveryRequest { type_url: push.type_url.clone(), response_nonce: push.nonce.clone(), ..DeltaDiscoveryRequest::default() };
-            let error_detail = match kind {
-                Some(kind) => {
-                    let whole = unheard.contains(&kind);
-                    unheard.retain(|waiting| *waiting != kind);
-                    let applied = self.apply(kind, push, whole).await?;
-                    self.note(kind, &applied);
-                    applied.error_detail()
-                }
-                None => {
-                    self.config.stats.push(None, 0, 0);
-                    limited!(warn, "unknown xDS types", type_url = super::rows::shown(&push.type_url), "a push of a type that was not asked for");
-                    None
-                }
+            let end = self.gather(push, &mut answers, life).await;
+            self.publish().await?;
+            for answer in life.answers.drain(..) {
+                send(&requests, answer).await?;
+            }
+            if let Some(end) = end {
+                return end;
+            }
+        }
+    }
+
+    /// Draws a push, and what has come with it already: all of it is one world. Says how the stream ended, if it did.
+    async fn gather(&mut self, push: EncodedPush, answers: &mut Answers<EncodedPush>, life: &mut Life) -> Option<Result<(), Status>> {
+        let mut next = push;
+        loop {
+            if let Err(error) = self.draw(next, life).await {
+                return Some(Err(error));
+            }
+            if life.answers.len() >= TOGETHER {
+                return None;
+            }
+            next = match answers.message().now_or_never()? {
+                Ok(Some(push)) => push,
+                Ok(None) => return Some(Ok(())),
+                Err(error) => return Some(Err(error)),
             };
-            send(&requests, DeltaDiscoveryRequest { error_detail, ..answer }).await?;
         }
     }
 
-    /// Applies a push. The stream cannot go on if that fails; if it panicked, there is no world to go on with either.
-    async fn apply(&mut self, kind: Kind, push: EncodedPush, whole: bool) -> Result<Applied, Status> {
-        let asked = kind == Kind::Address && self.demand.as_ref().is_some_and(|demand| !demand.is_empty());
-        let panicked = || Status::internal("applying a push failed");
-        let mut applier = self.applier.take().ok_or_else(panicked)?;
-        let touched = push.resources.len() + push.removed_resources.len();
-        // All policies of a scope are filed anew when one of them changes.
-        let large = whole || touched > LARGE_PUSH || (kind == Kind::Authorization && applier.policies() > LARGE_PUSH);
-        let work = move || {
-            let applied = applier.apply(kind, push, whole, asked);
-            (applier, applied)
-        };
-        let (applier, applied) = if large { tokio::task::spawn_blocking(work).await.map_err(|_| panicked())? } else { work() };
-        self.applier = Some(applier);
-        applied.map_err(|error| Status::internal(format!("not the message that was expected: {error}")))
+    /// Applies a push to the world that is published next. The stream cannot go on if that fails; if it panicked, there is no world to go on with
+    /// either.
+    async fn draw(&mut self, push: EncodedPush, life: &mut Life) -> Result<(), Status> {
+        let kind = Kind::of(&push.type_url);
+        let mut answer =
+            DeltaDiscoveryRequest { type_url: push.type_url.clone(), response_nonce: push.nonce.clone(), ..DeltaDiscoveryRequest::default() };
+        if let Some(kind) = kind {
+            let whole = self.forgetful && self.demand.is_none() && !life.heard.contains(&kind);
+            let asked = kind == Kind::Address && self.demand.as_ref().is_some_and(|demand| !demand.is_empty());
+            let large = whole || push.resources.len() + push.removed_resources.len() > LARGE_PUSH;
+            let drawn = self.work(large, move |applier| applier.draw(kind, push, whole, asked)).await?;
+            let applied = drawn.map_err(|error| Status::internal(format!("not the message that was expected: {error}")))?;
+            self.note(kind, &applied);
+            life.hear(kind, self.demand.is_some());
+            answer.error_detail = applied.error_detail();
+        } else {
+            self.config.stats.push(None, 0, 0);
+            limited!(warn, "unknown xDS types", type_url = super::rows::shown(&push.type_url), "a push of a type that was not asked for");
+        }
+        life.answers.push(answer);
+        Ok(())
     }
 
-    /// Tells everybody what a push brought.
-    fn note(&mut self, kind: Kind, applied: &Applied) {
-        self.config.stats.push(Some(kind), applied.bytes, applied.refusals());
-        for (name, reason) in &applied.refused {
-            limited!(warn, "refused xDS resources", kind = ?kind, name, reason, "an xDS resource is refused");
-        }
-        self.early.0.extend_from_slice(&applied.found);
-        self.early.1.extend_from_slice(&applied.gone);
+    /// Publishes what was drawn, and tells who asked for it.
+    async fn publish(&mut self) -> Result<(), Status> {
+        let slow = self.applier.as_ref().is_some_and(Applier::is_slow);
+        self.work(slow, |applier| applier.publish()).await?;
         if self.applier.as_ref().is_some_and(Applier::is_synced) {
             self.synced.send_if_modified(|synced| !std::mem::replace(synced, true));
             if let Some(demand) = &self.demand {
@@ -280,6 +291,30 @@ impl Client {
             }
             self.early = Default::default();
         }
+        Ok(())
+    }
+
+    /// Lets the applier do something, on a thread of its own if that is `long`: this one has other work that must not wait.
+    async fn work<T: Send + 'static>(&mut self, long: bool, work: impl FnOnce(&mut Applier) -> T + Send + 'static) -> Result<T, Status> {
+        let failed = || Status::internal("applying a push failed");
+        let mut applier = self.applier.take().ok_or_else(failed)?;
+        let work = move || {
+            let done = work(&mut applier);
+            (applier, done)
+        };
+        let (applier, done) = if long { tokio::task::spawn_blocking(work).await.map_err(|_| failed())? } else { work() };
+        self.applier = Some(applier);
+        Ok(done)
+    }
+
+    /// Counts what a push brought, and keeps the names that it answers.
+    fn note(&mut self, kind: Kind, applied: &Applied) {
+        self.config.stats.push(Some(kind), applied.bytes, applied.refusals());
+        for (name, reason) in &applied.refused {
+            limited!(warn, "refused xDS resources", kind = ?kind, name, reason, "an xDS resource is refused");
+        }
+        self.early.0.extend_from_slice(&applied.found);
+        self.early.1.extend_from_slice(&applied.gone);
     }
 }
 
@@ -289,6 +324,23 @@ struct Life {
     /// Bytes of the largest first request.
     request: usize,
     answered: bool,
+    /// The kinds that the server has told of.
+    heard: Vec<Kind>,
+    coalescing: Coalescing,
+    /// To pushes that were drawn and not yet published.
+    answers: Vec<DeltaDiscoveryRequest>,
+}
+
+impl Life {
+    /// When both kinds were told of, what still comes are changes, of which some may come together, unless it is an answer that somebody waits for.
+    fn hear(&mut self, kind: Kind, on_demand: bool) {
+        if !self.heard.contains(&kind) {
+            self.heard.push(kind);
+            if self.heard.len() == Kind::ALL.len() && !on_demand {
+                self.coalescing.begin();
+            }
+        }
+    }
 }
 
 /// Whether a status may mean that a request was too large.

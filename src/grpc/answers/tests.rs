@@ -15,7 +15,7 @@ use tokio::io::DuplexStream;
 use tokio::task::JoinHandle;
 use tonic::Request;
 
-use super::super::Connection;
+use super::super::{Coalescing, Connection};
 use super::*;
 
 const LIMIT: usize = 1 << 10;
@@ -81,7 +81,7 @@ async fn heard(said: Said) -> (Vec<String>, Result<(), Status>) {
     let client = async move {
         let (sender, driver) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
         let driven = tokio::spawn(driver);
-        let connection = Connection::new(sender, "https://control.test".parse().unwrap());
+        let connection = Connection::new(sender, "https://control.test".parse().unwrap(), Coalescing::default());
         let requests = Request::new(stream::pending::<String>());
         let mut messages = Vec::new();
         let end = match connection.stream::<String, String>("/test/Stream", requests, LIMIT).await {
@@ -199,7 +199,7 @@ async fn a_large_message_leaves_no_memory_behind() {
     let server = serve(said(&[&frames]), theirs);
     let (sender, driver) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
     let driven = tokio::spawn(driver);
-    let connection = Connection::new(sender, "https://control.test".parse().unwrap());
+    let connection = Connection::new(sender, "https://control.test".parse().unwrap(), Coalescing::default());
     let requests = Request::new(stream::pending::<String>());
     let mut answers = connection.stream::<String, String>("/test/Stream", requests, 8 << 20).await.unwrap();
     assert_eq!(answers.message().await.unwrap().unwrap().len(), text.len());

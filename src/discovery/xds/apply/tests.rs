@@ -35,6 +35,14 @@ fn push(resources: impl IntoIterator<Item = Resource>, gone: &[&str]) -> Encoded
     }
 }
 
+impl Applier {
+    /// A push alone; says whether anything changed.
+    fn apply(&mut self, kind: Kind, push: EncodedPush, whole: bool, asked: bool) -> Result<(Applied, bool), String> {
+        let applied = self.draw(kind, push, whole, asked)?;
+        Ok((applied, self.publish()))
+    }
+}
+
 struct Stand {
     applier: Applier,
     mesh: Mesh,
@@ -47,11 +55,11 @@ impl Stand {
     }
 
     fn address(&mut self, resources: impl IntoIterator<Item = Resource>, gone: &[&str]) -> Applied {
-        self.applier.apply(Kind::Address, push(resources, gone), false, true).unwrap()
+        self.applier.apply(Kind::Address, push(resources, gone), false, true).unwrap().0
     }
 
     fn policy(&mut self, resources: impl IntoIterator<Item = Resource>, gone: &[&str]) -> Applied {
-        self.applier.apply(Kind::Authorization, push(resources, gone), false, false).unwrap()
+        self.applier.apply(Kind::Authorization, push(resources, gone), false, false).unwrap().0
     }
 
     fn has(&self, uid: &str) -> bool {
@@ -104,8 +112,9 @@ proptest! {
         let from_file = runtime.block_on(local::start(LocalSource::Text(file), local::Config::default())).unwrap();
         prop_assert_eq!(contents(&stand.mesh), contents(&from_file));
         // Sent again, it changes nothing.
-        let again = stand.address(sent.workloads.iter().map(|row| workload_resource(&tests::workload(row))).collect::<Vec<_>>(), &[]);
-        prop_assert!(!again.changed);
+        let epoch = stand.mesh.current().epoch;
+        stand.address(sent.workloads.iter().map(|row| workload_resource(&tests::workload(row))).collect::<Vec<_>>(), &[]);
+        prop_assert_eq!(stand.mesh.current().epoch, epoch);
     }
 
     #[test]
@@ -255,10 +264,10 @@ fn there_is_no_world_before_both_kinds_were_heard_of() {
             Kind::Address => push([workload_resource(&workload("u"))], &[]),
             Kind::Authorization => push([policy_resource(&deny("p"))], &[]),
         };
-        assert!(!applier.apply(one, content(one), false, false).unwrap().changed);
+        assert!(!applier.apply(one, content(one), false, false).unwrap().1);
         assert!(!applier.is_synced());
         assert_eq!(mesh.current().epoch, 0);
-        assert!(applier.apply(other, content(other), false, false).unwrap().changed);
+        assert!(applier.apply(other, content(other), false, false).unwrap().1);
         let world = mesh.current();
         assert_eq!((world.epoch, world.snapshot.workloads().count(), world.policies.len()), (1, 1, 1));
     }
@@ -270,7 +279,7 @@ fn a_resource_that_cannot_be_read_is_refused_if_it_is_an_address_and_ends_the_st
     let mut mixed = push([workload_resource(&workload("u"))], &[]);
     // A name that is not UTF-8.
     mixed.resources.insert(0, bytes::Bytes::from_static(b"\x1a\x01\xff"));
-    let applied = stand.applier.apply(Kind::Address, mixed, false, true).unwrap();
+    let (applied, _) = stand.applier.apply(Kind::Address, mixed, false, true).unwrap();
     assert_eq!(applied.refused, [("a resource".to_owned(), "cannot be read: a text is not UTF-8".to_owned())]);
     assert!(stand.has("u"));
     let mut mixed = push([policy_resource(&deny("p"))], &[]);
@@ -289,4 +298,22 @@ fn refusals_are_told_in_few_words() {
     assert_eq!(applied.refusals(), 1000);
     let message = applied.error_detail().unwrap().message;
     assert!(message.ends_with("; and 980 more") && message.len() < 4000, "{} bytes", message.len());
+}
+
+#[test]
+fn pushes_that_come_together_are_one_world_and_the_later_one_wins() {
+    let mut stand = Stand::new();
+    let named = |name: &str| workload_resource(&wire::Workload { name: name.into(), ..workload("u") });
+    for (kind, push) in [
+        (Kind::Address, push([named("a"), workload_resource(&workload("v"))], &[])),
+        (Kind::Authorization, push([policy_resource(&deny("p"))], &[])),
+        (Kind::Address, push([named("b")], &["v"])),
+    ] {
+        stand.applier.draw(kind, push, false, false).unwrap();
+        assert_eq!(stand.mesh.current().epoch, 0);
+    }
+    assert!(stand.applier.publish() && !stand.applier.publish());
+    let world = stand.mesh.current();
+    assert_eq!((world.epoch, world.snapshot.workload("u").unwrap().name.as_str(), world.policies.len()), (1, "b", 1));
+    assert!(!stand.has("v"));
 }
