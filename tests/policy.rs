@@ -288,6 +288,36 @@ fn each_matcher_alone_has_the_verdict_of_the_truth_table() {
     }
 }
 
+/// Rules that say who is not meant, so many that those which the facts rule out are not looked at, and mostly of ports that the facts have.
+fn many_negations() -> impl Strategy<Value = Vec<Authorization>> {
+    let ports = || select(vec![vec![80, 443, 8080], vec![80, 443, 8080], vec![80, 443], vec![8080], vec![]]);
+    let negation = || {
+        (a_match(), ports()).prop_map(|(found, not_destination_ports)| Match {
+            not_destination_ports,
+            namespaces: vec![],
+            principals: vec![],
+            service_accounts: vec![],
+            destination_ports: vec![],
+            ..found
+        })
+    };
+    let clause = prop_oneof![9 => prop::collection::vec(negation(), 1), 1 => prop::collection::vec(negation(), 0..=2)];
+    let rule = prop::collection::vec(clause.prop_map(|matches| Clause { matches }), 1..=2).prop_map(|clauses| Rule { clauses });
+    let rules = prop::collection::vec(rule, 40..=150);
+    let policy = (policy(), rules).prop_map(|(policy, rules)| Authorization { rules, scope: Scope::Global, validity: Validity::Valid, ..policy });
+    prop::collection::vec(policy, 1..=3)
+}
+
+#[test]
+fn many_rules_of_negations_are_decided_as_the_text_of_the_reference_says() {
+    proptest!(config(300), |(policies in many_negations(), all_facts in prop::collection::vec(facts(), 20))| {
+        let compiled = set_of(&policies).compile("a", &[]);
+        for facts in &all_facts {
+            prop_assert_eq!(verdict(&compiled, facts), policy_oracle::decide(&policies, ("a", &[]), facts), "{:?}", facts);
+        }
+    });
+}
+
 proptest! {
     #![proptest_config(config(400))]
 
