@@ -65,6 +65,20 @@ fn child(key: u64, depth: u32) -> usize {
     ((key << depth) >> (u64::BITS - BITS)) as usize
 }
 
+/// Where the slots of a key are, or would be, in a leaf whose keys have `depth` bits in common. Keys are hashes, so it is looked for where it should be if
+/// the others are spread evenly, and that is nearly always in the first piece of memory that is read.
+fn first_of(leaf: &[Slot], key: u64, depth: u32) -> usize {
+    let before = |slot: &Slot| slot.key() < key;
+    let expected = usize::try_from((u128::from(key.checked_shl(depth).unwrap_or(0)) * leaf.len() as u128) >> u64::BITS).unwrap_or(0);
+    let (lower, upper) = leaf.split_at(expected.min(leaf.len()));
+    match upper.iter().position(|slot| !before(slot)) {
+        Some(0) => lower.iter().rposition(before).map_or(0, |last| last + 1),
+        Some(more) => lower.len() + more,
+        None if upper.is_empty() => lower.iter().rposition(before).map_or(0, |last| last + 1),
+        None => leaf.len(),
+    }
+}
+
 impl Default for Index {
     fn default() -> Self {
         Self { root: Node::Leaf(Arc::default()) }
@@ -84,7 +98,7 @@ impl Index {
                 }
             }
         };
-        let first = leaf.partition_point(|slot| slot.key() < key);
+        let first = first_of(leaf, key, depth);
         leaf.iter().skip(first).take_while(move |slot| slot.key() == key).map(|slot| slot.id)
     }
 
