@@ -92,7 +92,8 @@ mod tests {
             for (length, copy) in reads {
                 prop_assert_eq!(pieces.remaining(), oracle.len());
                 prop_assert!(oracle.starts_with(pieces.chunk()) && pieces.has_remaining() != pieces.chunk().is_empty());
-                let length = length.min(oracle.len());
+                // Often just the first piece: where one ends is where mistakes are.
+                let length = if length % 4 == 0 { pieces.chunk().len() } else { length.min(oracle.len()) };
                 let expected = oracle.split_to(length);
                 if copy {
                     prop_assert_eq!(pieces.copy_to_bytes(length), expected);
@@ -110,5 +111,7 @@ mod tests {
         pieces.push(piece.clone());
         pieces.advance(10);
         assert!(piece.as_ptr_range().contains(&pieces.copy_to_bytes(100).as_ptr()));
+        pieces.advance(usize::MAX);
+        assert_eq!((pieces.remaining(), pieces.pieces.len()), (0, 0), "no more than there is");
     }
 }
