@@ -18,8 +18,8 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::sys::socket::set_read_threshold;
 
-/// How long a socket rests: a quarter of the time within which a changed policy must reach live connections (design §3).
-const REST: Duration = Duration::from_millis(50);
+/// How long a socket rests: well below half of the 200 ms within which a changed policy must reach live connections (design §3).
+const REST: Duration = Duration::from_millis(75);
 /// So many bytes end a rest: what is large is read as it comes. Less than half of what the kernel's receive buffer begins with, so that it does not
 /// change how that grows.
 const THRESHOLD: u16 = 16 << 10;
@@ -29,7 +29,7 @@ const THRESHOLD: u16 = 16 << 10;
 pub struct Coalescing(Arc<AtomicBool>);
 
 impl Coalescing {
-    /// From now on a message may be read up to 50 ms after it came, if another was read that short a time ago.
+    /// From now on a message may be read up to 75 ms after it came, if another was read that short a time ago.
     pub fn begin(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

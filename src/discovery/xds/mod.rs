@@ -10,10 +10,11 @@
 //! What a mesh of 100,000 workloads (of 15,000 kinds) and 5,000 services costs, by `cargo bench --bench xds` on two cores of a Sapphire Rapids
 //! virtual machine, TLS and HTTP/2 included: the first push, about 45 MB, 0.30 s of CPU (before pushes were read where they lie and indexes
 //! filled in bulk: 0.42 to 0.53 s); after it 46 MB resident more than before it (79 MB, of which 12 MB came back within another 10 s), the peak
-//! 105 to 112 MB (152 MB). On a day on which the machine takes 0.35 to 0.45 s of CPU for that push, 100 changes a second cost 0.75 % of a core, with
-//! 250 pods that wait for theirs, and 1.9 % before changes that come within 50 ms were read and published together (`grpc::Coalescing`): what a
-//! change costs alone is the way through the kernel, TLS and HTTP/2 with nothing in the caches, not the 1.3 µs in which it is made and published
-//! (`cargo bench --bench lookup`). Look-ups meanwhile: p99 8 µs, the longest of 9,300 0.15 ms.
+//! 105 to 112 MB (152 MB). On a day on which other tenants of the machine make that push
+//! cost 0.5 to 0.7 s, 100 changes a second cost 0.8 to 0.9 % of a core, with 250 pods that wait for theirs (2.8 to 3.1 % before changes that come within
+//! 75 ms were read and published together, see `grpc::Coalescing`; with 50 ms 1.0 %, and 0.75 % against 1.9 % on a quieter hour): what a change costs
+//! alone is the way through the kernel, TLS and HTTP/2 with nothing in the caches, not the few µs in which it is made and published (`cargo bench
+//! --bench lookup`). Look-ups meanwhile: p99 10 to 20 µs, the longest of 9,200 usually 0.1 to 0.2 ms.
 
 mod apply;
 mod demand;
