@@ -66,13 +66,22 @@ impl Tunnel {
         Ok(Self(StreamOwned::new(connection, socket)))
     }
 
-    /// The whole handshake: the server has answered with its settings.
+    /// The whole handshake, on both sides: the server has answered with its settings, and has taken ours.
     pub(super) fn open(socket: TcpStream, config: &Arc<ClientConfig>) -> io::Result<Self> {
         let mut tunnel = Self::tls(socket, config)?;
         tunnel.send(PREFACE)?;
         tunnel.send(SETTINGS)?;
         let first = tunnel.frame()?;
-        if first.kind == 4 { Ok(tunnel) } else { Err(io::Error::other(format!("a frame of kind {} instead of SETTINGS", first.kind))) }
+        if first.kind != 4 {
+            return Err(io::Error::other(format!("a frame of kind {} instead of SETTINGS", first.kind)));
+        }
+        loop {
+            let frame = tunnel.frame()?;
+            // The acknowledgement is the empty one.
+            if frame.kind == 4 && frame.payload.is_empty() {
+                return Ok(tunnel);
+            }
+        }
     }
 
     pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
